@@ -1,0 +1,1 @@
+"""Kernels on arrays: lightning attention and its neighbours. Knows nothing of models, configs or meshes."""
