@@ -1,0 +1,47 @@
+"""Experiment configuration: frozen dataclasses that check themselves on construction; no JAX arrays, no I/O."""
+
+from mmx_jax.config.checks import ConfigError
+from mmx_jax.config.data import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from mmx_jax.config.model import LIGHTNING, SOFTMAX, ModelConfig, hybrid_layers
+from mmx_jax.config.run import (
+    KEEP,
+    MESH_AXES,
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ReportConfig,
+    RunConfig,
+    ScheduleConfig,
+    SchedulePhase,
+    StageConfig,
+    TrainableGroup,
+)
+
+__all__ = [
+    "KEEP",
+    "LIGHTNING",
+    "MESH_AXES",
+    "SOFTMAX",
+    "BatchConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "ReportConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SchedulePhase",
+    "SourceConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainableGroup",
+    "hybrid_layers",
+]
