@@ -1,0 +1,287 @@
+"""Lightning attention's public functions: they check, normalise, choose an implementation and differentiate it.
+
+Layout [B, T, N, H] throughout. The decay of a head is exp(-slope) for each token; slopes are constants of the
+architecture and receive no gradient. Segment id 0 is padding. A real token whose id differs from that of the row's
+previous real token starts a segment with an empty state.
+"""
+
+import functools
+import importlib
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.lightning import chunked, reference
+from pallas_kernels.lightning.implementation import Implementation, Operation
+
+_PORTABLE: dict[str, Any] = {"chunked": chunked, "dense": reference.DENSE, "reference": reference.RECURRENCE}
+_ACCELERATED = ("mosaic_gpu", "mosaic_tpu", "triton")
+NAMES = (*_ACCELERATED, *_PORTABLE)
+"""Every name that `implementation=` accepts."""
+
+
+def implementations() -> tuple[str, ...]:
+    """Names the implementations that can run on the present platform, best first."""
+    return (*_candidates(), *_PORTABLE)
+
+
+def lightning_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    slopes: Float[Array, " N"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B N H H"] | None = None,
+    return_state: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N H H"]]:
+    """Computes o_t = q_t^T S_t with S_t = exp(-slope) S_{t-1} + k_t v_t^T (model.md 4.4; INV-06, 07, 10, 16, 36).
+
+    Differentiable in q, k, v and the initial state, also through the returned state.
+
+    Args:
+        q, k, v: bf16, fp32 or fp64; nothing is scaled or normalised here.
+        slopes: fp32, positive.
+        segment_ids: int32, 0 is padding: it adds nothing, decays nothing, and its output is 0. None: all one segment.
+        initial_state: fp32 (key dim, value dim), enters the row's first segment. None: zeros.
+        return_state: also return the fp32 state after each row's last real token, of its last segment alone.
+        implementation: a name to force; by default the best one for platform, shape and dtype.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or the forced implementation is unknown or cannot run this call.
+    """
+    _check("lightning_attention", slopes, q=q, k=k, v=v)
+    _check_rows("lightning_attention", q, segment_ids, initial_state)
+    ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
+    o, state = _attention(implementation, return_state, q, k, v, slopes, ids, initial_state)
+    return (o, state) if return_state else o
+
+
+def lightning_backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    slopes: Float[Array, " N"],
+    do: Float[Array, "B T N H"],
+    dstate: Float[Array, "B N H H"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B N H H"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B N H H"]]:
+    """Returns dq, dk, dv (q's dtype) and the fp32 gradient of the initial state (model.md 4.6, INV-16).
+
+    Args:
+        q, k, v, slopes, segment_ids, initial_state, implementation: as given to `lightning_attention`.
+        do: gradient arriving at its output, in q's dtype.
+        dstate: fp32 gradient arriving at its returned state. None: zeros.
+
+    Raises:
+        ValueError: as `lightning_attention`.
+    """
+    _check("lightning_backward", slopes, q=q, k=k, v=v, do=do)
+    _check_rows("lightning_backward", q, segment_ids, initial_state)
+    ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
+    chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
+    return chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate)
+
+
+def chunk_state(
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    slopes: Float[Array, " N"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N H H"], Float[Array, "B N"]]:
+    """Returns the state that these tokens alone leave behind, and the factor by which an entering state survives them.
+
+    The hooks of LASP+ (model.md 4.9, INV-37, INV-38): a state S entering the tokens leaves as `state + transmission * S`,
+    transmission being exp(-slope * real tokens), or 0 where the row holds more than one segment. Whether the tokens'
+    first segment continues the tokens before them only the caller knows: see `border_ids` and `continuations`.
+
+    With `reverse`, on (q, do): the gradient that these tokens' outputs send to the state entering them; a gradient G of
+    the leaving state becomes `state + transmission * G`. Not differentiable in the accelerated implementations: the
+    caller's backward is `lightning_backward`.
+
+    Args:
+        k, v: keys and values; with `reverse` queries and output gradients.
+        slopes, segment_ids, implementation: as in `lightning_attention`.
+        reverse: see above.
+
+    Raises:
+        ValueError: as `lightning_attention`.
+    """
+    _check("chunk_state", slopes, k=k, v=v)
+    _check_rows("chunk_state", k, segment_ids, None)
+    ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
+    chosen = _choose("chunk_state", k, packed=ids is not None, forced=implementation)
+    state = chosen.chunk_state(k, v, slopes, ids, reverse)
+    rates = slopes.astype(state.dtype)
+    if ids is None:
+        return state, jnp.broadcast_to(jnp.exp(-rates * k.shape[1]), state.shape[:2])
+    real = jnp.sum(ids > 0, axis=1, keepdims=True)
+    one_segment = jnp.max(ids, axis=1, keepdims=True) <= 1
+    return state, jnp.where(one_segment, jnp.exp(-rates * real), 0)
+
+
+def decode_step(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B N H"],
+    v: Float[Array, "B N H"],
+    state: Float[Array, "P N H H"],
+    slopes: Float[Array, " N"],
+    *,
+    slots: Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "P N H H"]]:
+    """Advances one token per row and returns its output and the new states (model.md 4.4, INV-31, INV-35).
+
+    Donate `state` to the enclosing jit and it is updated in place. Not differentiable.
+
+    Args:
+        q, k, v: one token of each row.
+        state: fp32, one row for each token, or a pool of P rows when `slots` is given.
+        slopes: fp32, positive.
+        slots: int32, the pool row of each token, all different; negative: the token is ignored, its output is 0.
+        implementation: a name to force.
+
+    Raises:
+        ValueError: as `lightning_attention`; also without slots when `state` has not one row for each token.
+    """
+    _check("decode_step", slopes, q=q, k=k, v=v)
+    batch, heads, dim = q.shape
+    rows = state.shape[0] if slots is not None else batch
+    if state.shape != (rows, heads, dim, dim):
+        raise ValueError(f"decode_step: state must be {(rows, heads, dim, dim)} for q {q.shape}, got {state.shape}")
+    if slots is not None and slots.shape != (batch,):
+        raise ValueError(f"decode_step: slots must be [B] = {(batch,)}, got {slots.shape}")
+    chosen = _choose("decode_step", q[:, None], packed=slots is not None, forced=implementation)
+    return chosen.decode_step(q, k, v, state, slopes, slots)
+
+
+def canonical_segment_ids(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Numbers each row's segments 1, 2, 3 .. in order of appearance; padding stays 0 (implementation.py says why)."""
+    real = segment_ids > 0
+    index = jnp.arange(segment_ids.shape[1])
+    latest = lax.cummax(jnp.where(real, index, -1), axis=1)
+    previous = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
+    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    starts = real & ((previous < 0) | (segment_ids != previous_id))
+    return jnp.where(real, jnp.cumsum(starts, axis=1), 0).astype(jnp.int32)
+
+
+def border_ids(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Returns the ids of each row's first and last real token, 0 and 0 for a row that is all padding."""
+    real = segment_ids > 0
+    first = jnp.argmax(real, axis=1)
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    # A row of padding gives index 0 for both, where its id is 0.
+    take = functools.partial(jnp.take_along_axis, segment_ids, axis=1)
+    return take(first[:, None])[:, 0], take(last[:, None])[:, 0]
+
+
+def continuations(first: Int[Array, "W B"], last: Int[Array, "W B"]) -> Bool[Array, "W B"]:
+    """Says which of W consecutive pieces of a row continue the segment in which the pieces before them ended.
+
+    `first` and `last` are the pieces' `border_ids`. A piece of padding alone continues (and transmits everything), and so
+    does a row's first piece with real tokens. For LASP+ (INV-38) the state entering piece w is
+
+        S(w) = c(w) * sum over j < w of state(j) * product over j < i < w of c(i) * transmission(i)
+
+    with c the result here and (state, transmission) from `chunk_state`.
+    """
+    index = jnp.arange(first.shape[0])[:, None]
+    latest = lax.cummax(jnp.where(last > 0, index, -1), axis=0)
+    previous = jnp.concatenate([jnp.full_like(latest[:1], -1), latest[:-1]], axis=0)
+    arriving = jnp.take_along_axis(last, jnp.maximum(previous, 0), axis=0)
+    return (first <= 0) | (previous < 0) | (first == arriving)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    implementation: str | None,
+    return_state: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    ids: jax.Array | None,
+    initial_state: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
+    o, state = chosen.forward(q, k, v, slopes, ids, initial_state)
+    return o, state if return_state else None
+
+
+def _attention_forward(implementation: str | None, return_state: bool, *arguments: Any) -> tuple[Any, Any]:
+    return _attention(implementation, return_state, *arguments), arguments
+
+
+def _attention_backward(implementation: str | None, return_state: bool, arguments: Any, gradients: Any) -> Any:
+    q, k, v, slopes, ids, initial_state = arguments
+    do, dstate = gradients
+    chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
+    dq, dk, dv, dinitial = chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate)
+    return dq, dk, dv, None, None, None if initial_state is None else dinitial.astype(initial_state.dtype)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _candidates() -> tuple[str, ...]:
+    platform, capability = dispatch.platform(), dispatch.compute_capability()
+    if platform == "tpu":
+        return ("mosaic_tpu",)
+    if platform == "gpu" and capability is not None and capability >= 8:
+        return ("mosaic_gpu", "triton") if int(capability) == 9 else ("triton",)
+    return ()
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return _PORTABLE.get(name) or importlib.import_module(f"pallas_kernels.lightning.{name}")
+
+
+def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | None) -> Implementation:
+    def obstacle(name: str) -> str | None:
+        try:
+            module = _module(name)
+        except ImportError as error:
+            return f"it cannot be imported: {error}"
+        return module.supports(operation, q.shape, q.dtype, packed=packed)
+
+    title = f"lightning {operation} of {q.dtype.name}{list(q.shape)}{' packed' if packed else ''}"
+    name = dispatch.choose(title, _candidates(), obstacle, fallback="chunked", forced=forced, known=NAMES)
+    return cast(Implementation, _module(name))
+
+
+def _check(function: str, slopes: jax.Array, **tokens: jax.Array) -> None:
+    """Raises unless the tokens share one shape and floating dtype and there is one slope for each head."""
+    (name, first), *others = tokens.items()
+    if not jnp.issubdtype(first.dtype, jnp.floating):
+        raise ValueError(f"{function}: {name} must be floating point, got {first.dtype}")
+    for other, x in others:
+        if x.shape != first.shape or x.dtype != first.dtype:
+            raise ValueError(
+                f"{function}: {other} must be like {name}, {first.dtype.name}{list(first.shape)}, "
+                f"got {x.dtype.name}{list(x.shape)}"
+            )
+    if slopes.shape != first.shape[-2:-1]:
+        raise ValueError(f"{function}: slopes must be [N] = [{first.shape[-2]}], got {list(slopes.shape)}")
+
+
+def _check_rows(function: str, q: jax.Array, segment_ids: jax.Array | None, state: jax.Array | None) -> None:
+    batch, length, heads, dim = q.shape
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"{function}: segment_ids must be [B, T] = {[batch, length]}, got {list(segment_ids.shape)}")
+    if state is not None and state.shape != (batch, heads, dim, dim):
+        raise ValueError(
+            f"{function}: initial_state must be [B, N, H, H] = {[batch, heads, dim, dim]}, got {list(state.shape)}"
+        )
