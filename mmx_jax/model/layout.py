@@ -1,0 +1,53 @@
+"""What all layers need to know of a batch of rows, computed once per forward pass."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from mmx_jax.model.rope import Rotation, rotation
+
+
+class Layout(NamedTuple):
+    """Segments and positions of the tokens of a forward pass."""
+
+    segment_ids: Int[Array, "B T"]
+    """0 is padding; other ids change where a document ends."""
+    k_start: Int[Array, "B T"]
+    """First key that each query may see."""
+    k_end: Int[Array, "B T"]
+    """One past the last key that each query may see; equal to `k_start` for padding."""
+    rotation: Rotation
+
+    @property
+    def real(self) -> Bool[Array, "B T"]:
+        """Tokens that are not padding."""
+        return self.segment_ids != 0
+
+
+def packed_layout(
+    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], rotary_dim: int, rope_base: float
+) -> Layout:
+    """Layout of rows that hold whole segments: each query sees its own segment up to itself (INV-36).
+
+    Padding may stand before, between and after segments, not inside one.
+    """
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)
+    end = jnp.where(segment_ids != 0, index + 1, start)
+    return Layout(segment_ids, start, end, rotation(positions, rotary_dim, rope_base))
+
+
+def cached_layout(
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    rotary_dim: int,
+    rope_base: float,
+) -> Layout:
+    """Layout of new tokens that continue cached rows: each query sees its whole row up to itself."""
+    real = (segment_ids != 0).astype(jnp.int32)
+    end = (lengths[:, None] + jnp.cumsum(real, axis=1)) * real
+    return Layout(real, jnp.zeros_like(end), end, rotation(positions, rotary_dim, rope_base))

@@ -1,0 +1,49 @@
+"""Softmax attention with grouped key/value heads and partial RoPE (model.md 5)."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.model.dot import DotPolicy
+from mmx_jax.model.layout import Layout
+from mmx_jax.model.rope import rotate
+from pallas_kernels.softmax import softmax_attention
+
+KeyValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+
+
+def append(
+    cached: Float[Array, "B S K H"], new: Float[Array, "B T K H"], ends: Int[Array, "B T"]
+) -> Float[Array, "B S K H"]:
+    """Writes each new entry at index `ends - 1` of its row; entries whose end is 0 (padding) are not written."""
+    rows = jnp.arange(cached.shape[0], dtype=jnp.int32)[:, None]
+    index = jnp.where(ends > 0, ends - 1, cached.shape[1])
+    return cached.at[rows, index].set(new.astype(cached.dtype), mode="drop")
+
+
+class SoftmaxAttention(nnx.Module):
+    """One softmax attention layer (or a stack of them); query head n reads key/value head n // (N // K) (INV-21)."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Array]):
+        self.dot = DotPolicy(config.compute_dtype)
+        self.scale = config.head_dim**-0.5
+        self.query = nnx.Param(params["query"])
+        self.key = nnx.Param(params["key"])
+        self.value = nnx.Param(params["value"])
+        self.out = nnx.Param(params["out"])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], layout: Layout, cached: KeyValues | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Attention output and, when cached keys and values are given, these with the new ones appended."""
+        q = rotate(self.dot.einsum("BTD,DNH->BTNH", x, self.query[...]), layout.rotation)
+        k = rotate(self.dot.einsum("BTD,DKH->BTKH", x, self.key[...]), layout.rotation)
+        v = self.dot.einsum("BTD,DKH->BTKH", x, self.value[...])
+        if cached is not None:
+            cached = (append(cached[0], k, layout.k_end), append(cached[1], v, layout.k_end))
+            k, v = cached[0].astype(q.dtype), cached[1].astype(q.dtype)
+        mixed = softmax_attention(q, k, v, k_start=layout.k_start, k_end=layout.k_end, scale=self.scale)
+        return self.dot.einsum("BTNH,NHD->BTD", mixed, self.out[...]), cached

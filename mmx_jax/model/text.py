@@ -1,0 +1,165 @@
+"""The text model: embed, backbone, head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.model.block import Block, LayerCache
+from mmx_jax.model.cache import Cache
+from mmx_jax.model.dot import DotPolicy
+from mmx_jax.model.layout import Layout, cached_layout, packed_layout
+from mmx_jax.model.lightning import layer_slopes
+from mmx_jax.model.moe import RouterStats, balance_loss
+from mmx_jax.model.norm import rms_norm
+from mmx_jax.model.plan import Section, layer_plan
+from parallel.sharding import constrain
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("aux_loss", "load", "dropped"), meta_fields=())
+@dataclass(frozen=True)
+class Aux:
+    """What the layers report beside the hidden states; all fp32, over the real tokens of the batch."""
+
+    aux_loss: Float[Array, ""]
+    """Load-balancing loss without its coefficient (`moe.balance_loss`)."""
+    load: Float[Array, "L E"]
+    """Share of each layer's routed slots that each expert receives; rows sum to 1."""
+    dropped: Float[Array, " L"]
+    """Share of each layer's routed slots over capacity."""
+
+
+REMAT_POLICIES = {
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a layer; "none" keeps everything."""
+
+
+class TextModel(nnx.Module):
+    """A MiniMax-01 shaped language model over a flat dict of parameters (`spec.parameter_spec`)."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Array], *, remat: str = "none"):
+        self.config = config
+        self.remat = remat
+        self.embedding = nnx.Param(params["embedding"])
+        self.final_norm = nnx.Param(params["final_norm"])
+        self.head_weight = nnx.Param(params["head"])
+        self.sections = nnx.List()
+        for s, section in enumerate(layer_plan(config)):
+            blocks = nnx.List()
+            for r, run in enumerate(section.runs):
+                prefix = f"layers/{s}/{r}/"
+                part = {path.removeprefix(prefix): w for path, w in params.items() if path.startswith(prefix)}
+                blocks.append(Block(config, run.kind, part))
+            self.sections.append(blocks)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding, unscaled (INV-30), in the compute dtype."""
+        with jax.named_scope("embed"):
+            rows = DotPolicy(self.config.compute_dtype).cast(self.embedding[...])[tokens]
+            return constrain(rows, "batch", "sequence", None)
+
+    def backbone(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: Cache | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Aux, Cache | None]:
+        """All layers and the final norm.
+
+        Args:
+          embeddings: [B, T, D], of tokens or of anything else.
+          positions: absolute positions; only softmax layers read them.
+          segment_ids: 0 is padding. Without a cache, a new id starts a new document: states reset, attention is masked.
+            With a cache, the real tokens of a row continue that row.
+          cache: earlier tokens, or None.
+          train: whether expert capacity applies.
+
+        Returns:
+          Hidden states after the final norm, what the layers report, and the cache with the new tokens (None without).
+        """
+        c = self.config
+        if cache is None:
+            layout = packed_layout(positions, segment_ids, c.rotary_dim, c.rope_base)
+        else:
+            layout = cached_layout(positions, segment_ids, cache.lengths, c.rotary_dim, c.rope_base)
+        x = DotPolicy(c.compute_dtype).cast(embeddings)
+        all_stats: list[RouterStats] = []
+        new_layers: dict[str, LayerCache] = {}
+        for s, section in enumerate(layer_plan(c)):
+            x, stats, entries = self._section(s, section, x, layout, cache, train=train)
+            all_stats.append(stats)
+            new_layers |= {f"{s}/{r}": entry for r, entry in enumerate(entries)}
+        with jax.named_scope("final_norm"):
+            hidden = rms_norm(x, self.final_norm[...], c.norm_eps)
+        return hidden, self._aux(all_stats), self._updated(cache, new_layers, segment_ids)
+
+    def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """fp32 logits from an fp32 matmul (INV-40)."""
+        with jax.named_scope("head"):
+            weight = self.head_weight[...].astype(jnp.float32)
+            return jnp.einsum("BTD,DV->BTV", hidden.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+
+    def _section(
+        self, index: int, section: Section, x: Array, layout: Layout, cache: Cache | None, *, train: bool
+    ) -> tuple[Array, RouterStats, list[LayerCache]]:
+        """Runs one section: a scan over groups of scans over runs. Statistics come back stacked in layer order."""
+        slopes_table = layer_slopes(self.config.num_heads, self.config.num_layers)
+        runs = []
+        for r, run in enumerate(section.runs):
+            layers = np.array([[section.layer(run, g, i) for i in range(run.length)] for g in range(section.groups)])
+            runs.append((self.sections[index][r], jnp.asarray(slopes_table[layers]), _cached(cache, f"{index}/{r}")))
+
+        def layer(x: Array, inputs: tuple[Block, Array, LayerCache]) -> tuple[Array, tuple[RouterStats, LayerCache]]:
+            block, slopes, cached = inputs
+            x, stats, cached = block(x, slopes, layout, cached, train=train)
+            return constrain(x, "batch", "sequence", None), (stats, cached)
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def group(x: Array, inputs: list) -> tuple[Array, tuple[RouterStats, list[LayerCache]]]:
+            outputs = []
+            for stacked in inputs:
+                x, out = jax.lax.scan(layer, x, stacked)
+                outputs.append(out)
+            stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *[stats for stats, _ in outputs])
+            return x, (stats, [cached for _, cached in outputs])
+
+        x, (stats, entries) = jax.lax.scan(group, x, runs)
+        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats), entries
+
+    def _aux(self, sections: list[RouterStats]) -> Aux:
+        stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sections)
+        loss = balance_loss(stats.fraction, stats.probability, self.config.aux_loss)
+        return Aux(loss, stats.fraction / self.config.experts_per_token, stats.dropped)
+
+    def _updated(
+        self, cache: Cache | None, layers: dict[str, LayerCache], segment_ids: Int[Array, "B T"]
+    ) -> Cache | None:
+        if cache is None:
+            return None
+        return replace(
+            cache,
+            lengths=cache.lengths + (segment_ids != 0).sum(axis=1, dtype=jnp.int32),
+            states={name: layers[name][0] for name in cache.states},
+            keys={name: layers[name][0] for name in cache.keys},
+            values={name: layers[name][1] for name in cache.values},
+        )
+
+
+def _cached(cache: Cache | None, name: str) -> LayerCache:
+    if cache is None:
+        return ()
+    return (cache.states[name],) if name in cache.states else (cache.keys[name], cache.values[name])
