@@ -102,9 +102,10 @@ def chunk_state(
 ) -> tuple[Float[Array, "B N H H"], Float[Array, "B N"]]:
     """Returns the state that these tokens alone leave behind, and the factor by which an entering state survives them.
 
-    The hooks of LASP+ (model.md 4.9, INV-37, INV-38): a state S entering the tokens leaves as `state + transmission * S`,
-    transmission being exp(-slope * real tokens), or 0 where the row holds more than one segment. Whether the tokens'
-    first segment continues the tokens before them only the caller knows: see `border_ids` and `continuations`.
+    The hooks of LASP+ (model.md 4.9, INV-37, INV-38): a state S entering the tokens leaves as
+    `state + transmission * S`, transmission being exp(-slope * real tokens), or 0 where the row holds more than one
+    segment. Whether the first segment continues the tokens before it only the caller knows: see `border_ids` and
+    `continuations`.
 
     With `reverse`, on (q, do): the gradient that these tokens' outputs send to the state entering them; a gradient G of
     the leaving state becomes `state + transmission * G`. Not differentiable in the accelerated implementations: the
@@ -190,8 +191,8 @@ def border_ids(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, " B"], Int[Ar
 def continuations(first: Int[Array, "W B"], last: Int[Array, "W B"]) -> Bool[Array, "W B"]:
     """Says which of W consecutive pieces of a row continue the segment in which the pieces before them ended.
 
-    `first` and `last` are the pieces' `border_ids`. A piece of padding alone continues (and transmits everything), and so
-    does a row's first piece with real tokens. For LASP+ (INV-38) the state entering piece w is
+    `first` and `last` are the pieces' `border_ids`. A piece of padding alone continues (and transmits everything), and
+    so does a row's first piece with real tokens. For LASP+ (INV-38) the state entering piece w is
 
         S(w) = c(w) * sum over j < w of state(j) * product over j < i < w of c(i) * transmission(i)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dispatch
+from pallas_kernels.arrays import accumulator, dot, varying_like
 from pallas_kernels.lightning.decode import decode_step as decode_step
 from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State
 
@@ -67,15 +68,15 @@ def forward(
     q: Heads, k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | None, initial_state: State | None
 ) -> tuple[Heads, State]:
     """Returns the output in q's dtype and the state after each row's last real token."""
-    dtype = _accumulator(q)
+    dtype = accumulator(q)
 
     def block(state: jax.Array, tokens: Tokens) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         query, key, value = tokens.arrays
         decay = _decay(slopes.astype(dtype), tokens)
         entering, leaving = _entering(_weighted_outer(key, value, decay.key), decay.transmission, state)
-        carried = _dot("bmcnh,bmnhv->bmcnv", query, entering.astype(q.dtype)) * decay.query[..., None]
-        scores = (_dot("bmcnh,bmdnh->bmncd", query, key) * decay.mask).astype(q.dtype)
-        return leaving, ((carried + _dot("bmncd,bmdnh->bmcnh", scores, value)).astype(q.dtype),)
+        carried = dot("bmcnh,bmnhv->bmcnv", query, entering.astype(q.dtype)) * decay.query[..., None]
+        scores = (dot("bmcnh,bmdnh->bmncd", query, key) * decay.mask).astype(q.dtype)
+        return leaving, ((carried + dot("bmncd,bmdnh->bmcnh", scores, value)).astype(q.dtype),)
 
     state, (o,) = _walk(block, _state(initial_state, q, k, v, slopes), (q, k, v), segment_ids)
     return o, state
@@ -93,9 +94,9 @@ def backward(
 ) -> tuple[Heads, Heads, Heads, State]:
     """Returns dq, dk, dv and the gradient of the initial state.
 
-    dq is the forward itself on (do, v, k) with the state transposed; dk and dv walk backwards with the state's gradient.
+    dq is the forward itself on (do, v, k), the state transposed; dk and dv walk backwards with the state's gradient.
     """
-    dtype = _accumulator(q)
+    dtype = accumulator(q)
     transposed = None if initial_state is None else initial_state.swapaxes(-1, -2)
     dq, _ = forward(do, v, k, slopes, segment_ids, transposed)
 
@@ -106,12 +107,12 @@ def backward(
             _weighted_outer(query, doutput, decay.query), decay.transmission, dleaving, reverse=True
         )
         arriving = arriving.astype(q.dtype)
-        dscores = (_dot("bmcnh,bmdnh->bmncd", doutput, value) * decay.mask).astype(q.dtype)
-        scores = (_dot("bmcnh,bmdnh->bmncd", query, key) * decay.mask).astype(q.dtype)
-        dk = _dot("bmcnv,bmnhv->bmcnh", value, arriving) * decay.key[..., None]
-        dv = _dot("bmcnh,bmnhv->bmcnv", key, arriving) * decay.key[..., None]
-        dk = dk + _dot("bmncd,bmcnh->bmdnh", dscores, query)
-        dv = dv + _dot("bmncd,bmcnh->bmdnh", scores, doutput)
+        dscores = (dot("bmcnh,bmdnh->bmncd", doutput, value) * decay.mask).astype(q.dtype)
+        scores = (dot("bmcnh,bmdnh->bmncd", query, key) * decay.mask).astype(q.dtype)
+        dk = dot("bmcnv,bmnhv->bmcnh", value, arriving) * decay.key[..., None]
+        dv = dot("bmcnh,bmnhv->bmcnv", key, arriving) * decay.key[..., None]
+        dk = dk + dot("bmncd,bmcnh->bmdnh", dscores, query)
+        dv = dv + dot("bmncd,bmcnh->bmdnh", scores, doutput)
         return dentering, (dk.astype(q.dtype), dv.astype(q.dtype))
 
     dstate = _state(dstate, q, k, v, slopes)
@@ -130,24 +131,13 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
         border = 1 if reverse else jnp.max(segment_ids, axis=1, keepdims=True)
         member, total = (segment_ids == border) & (segment_ids > 0), rank[:, -1:]
     age = jnp.where(member, rank if reverse else total - rank, 0)
-    weight = jnp.where(member[..., None], jnp.exp(-slopes.astype(_accumulator(k)) * age[..., None]), 0)
-    return _dot("btnh,btnv->bnhv", (k * weight[..., None]).astype(k.dtype), v)
-
-
-def _accumulator(x: jax.Array) -> jnp.dtype:
-    """fp32, and fp64 for fp64 arguments."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiplies in the operands' dtype and adds in the accumulator's; fp32 operands never become tf32."""
-    precision = None if a.dtype.itemsize < 4 else lax.Precision.HIGHEST
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=_accumulator(a))
+    weight = jnp.where(member[..., None], jnp.exp(-slopes.astype(accumulator(k)) * age[..., None]), 0)
+    return dot("btnh,btnv->bnhv", (k * weight[..., None]).astype(k.dtype), v)
 
 
 def _weighted_outer(k: jax.Array, v: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the state [B, M, N, H, H] that each chunk adds."""
-    return _dot("bmcnh,bmcnv->bmnhv", (k * weight[..., None]).astype(k.dtype), v)
+    return dot("bmcnh,bmcnv->bmnhv", (k * weight[..., None]).astype(k.dtype), v)
 
 
 def _entering(
@@ -197,18 +187,8 @@ def _state(state: jax.Array | None, q: jax.Array, *others: jax.Array) -> jax.Arr
     """Returns the state or zeros, varying over the same manual mesh axes as the tokens, as a scan's carry must."""
     batch, _, heads, dim = q.shape
     if state is None:
-        state = jnp.zeros((batch, heads, dim, dim), _accumulator(q))
-    return varying_like(state.astype(_accumulator(q)), q, *others)
-
-
-def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """Marks x as varying over every manual mesh axis over which one of the others varies."""
-    axes = set().union(*map(_varying_axes, others)) - _varying_axes(x)
-    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
+        state = jnp.zeros((batch, heads, dim, dim), accumulator(q))
+    return varying_like(state.astype(accumulator(q)), q, *others)
 
 
 def _walk(

@@ -8,8 +8,8 @@ Arguments are checked and normalised before they arrive:
 - `q`, `k`, `v`, `do` have one shape [B, T, N, H] and one floating dtype. T may be any positive number.
 - `slopes` is [N] fp32, positive: one token decays a state by exp(-slope). Slopes are constants without a gradient.
 - `segment_ids` is None (every token real, one segment) or [B, T] int32 in *canonical* form: 0 is padding; the real
-  tokens of a row are numbered 1, 1, .., 2, 2, .., never decreasing, without gaps. Padding may lie anywhere, also inside a
-  segment: it contributes nothing, decays nothing, and its output and gradients are 0. Only segment 1 sees `initial_state`.
+  tokens of a row are numbered 1, 1, .., 2, 2, .., never decreasing, without gaps. Padding may lie anywhere, also inside
+  a segment: it adds nothing, decays nothing, and its output and gradients are 0. Only segment 1 sees `initial_state`.
   The age of key j seen from query i is the difference of `cumsum(segment_ids != 0)` at i and j.
 - States are [B, N, H, H] fp32, indexed (key dim, value dim), convention (a): the newest token has weight 1.
   None stands for zeros, for `initial_state` as for `dstate` (the gradient arriving at the returned state).
@@ -86,5 +86,5 @@ class Implementation(Protocol):
     def decode_step(
         self, q: Token, k: Token, v: Token, state: jax.Array, slopes: Slopes, slots: Int[Array, " B"] | None
     ) -> tuple[Token, jax.Array]:
-        """Advances one token per row; `state` [rows or pool, N, H, H] is updated in place where the caller donates it."""
+        """Advances one token per row; `state` [B or pool, N, H, H] is updated in place where the caller donates it."""
         ...

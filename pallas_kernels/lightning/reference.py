@@ -1,7 +1,7 @@
 """Lightning attention written down as it is defined: the oracle, slow on purpose.
 
-`RECURRENCE` goes token by token (model.md 4.4), `DENSE` holds the whole [T, T] mask. Both compute in fp32, in fp64 for fp64
-arguments, and leave the backward to autodiff.
+`RECURRENCE` goes token by token (model.md 4.4), `DENSE` holds the whole [T, T] mask. Both compute in fp32, in fp64 for
+fp64 arguments, and leave the backward to autodiff.
 """
 
 import dataclasses

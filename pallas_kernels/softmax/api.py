@@ -1,0 +1,149 @@
+"""Softmax attention's public function: one range of visible keys for each query says every mask the model needs.
+
+Causal, packed, offset (chunked prefill) and context-parallel masks are all ranges; no [T, S] mask exists anywhere.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.softmax import chunked
+from pallas_kernels.softmax.chunked import Ranges
+
+NAMES = ("chunked", "cudnn", "dense")
+"""Every name that `implementation=` accepts."""
+
+
+def implementations() -> tuple[str, ...]:
+    """Names the implementations that can run on the present platform, best first."""
+    return (*_candidates(), "chunked", "dense")
+
+
+def softmax_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    scale: float,
+    k_start: Int[Array, "B T"] | None = None,
+    k_end: Int[Array, "B T"] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Computes softmax(scale * q k^T) v over each query's range of keys, query head n reading key head n // (N / K).
+
+    The softmax is fp32. Differentiable in q, k and v, also through the returned log-sum-exp, so that partial results
+    over pieces of the keys may be merged (model.md section 5; INV-17, INV-21, INV-36, INV-39).
+
+    Args:
+        q, k, v: bf16, fp16, fp32 or fp64, of one dtype; K divides N.
+        scale: the factor of the scores, for MiniMax-01 H**-0.5.
+        k_start, k_end: int32; query t sees the keys k_start <= j < k_end. A query that sees none gives 0, its
+            log-sum-exp is -inf, and its gradients are 0. Both None: plain causal, T == S.
+        return_lse: also return the fp32 log-sum-exp of each query's scores.
+        implementation: a name to force; by default the best one for platform, shape and dtype.
+
+    Raises:
+        ValueError: shapes disagree, one range end is missing, or the forced implementation cannot run this call.
+    """
+    _check(q, k, v, k_start, k_end)
+
+    def obstacle(name: str) -> str | None:
+        return _cudnn_obstacle(q, k, plain=k_start is None, lse=return_lse) if name == "cudnn" else None
+
+    title = f"softmax_attention of {q.dtype.name}{list(q.shape)} over {k.shape[1]} keys"
+    name = dispatch.choose(title, _candidates(), obstacle, fallback="chunked", forced=implementation, known=NAMES)
+    if name == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    ranges = _ranges(q, k, k_start, k_end)
+    o, lse = (_dense if name == "dense" else functools.partial(_chunked, return_lse))(scale, q, k, v, ranges)
+    return (o, lse) if return_lse else o
+
+
+def _candidates() -> tuple[str, ...]:
+    capability = dispatch.compute_capability() if dispatch.platform() == "gpu" else None
+    return ("cudnn",) if capability is not None and capability >= 8 else ()
+
+
+def _cudnn_obstacle(q: jax.Array, k: jax.Array, *, plain: bool, lse: bool) -> str | None:
+    if not plain:
+        return "key ranges are given"
+    if lse:
+        return "its log-sum-exp has no gradient"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype is {q.dtype.name}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"head dim {q.shape[-1]} is not a multiple of 8 up to 128"
+    return None
+
+
+def _ranges(q: jax.Array, k: jax.Array, k_start: jax.Array | None, k_end: jax.Array | None) -> Ranges:
+    """Returns ranges within the keys; causal ones where none are given."""
+    batch, length = q.shape[:2]
+    if k_start is None or k_end is None:
+        end = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (batch, length))
+        return Ranges(jnp.zeros_like(end), end)
+    return Ranges(jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(
+    return_lse: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges
+) -> tuple[jax.Array, jax.Array | None]:
+    o, lse = chunked.forward(q, k, v, ranges, scale)
+    return o, lse if return_lse else None
+
+
+def _chunked_forward(
+    return_lse: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges
+) -> tuple[Any, Any]:
+    o, lse = chunked.forward(q, k, v, ranges, scale)
+    return (o, lse if return_lse else None), (q, k, v, ranges, o, lse)
+
+
+def _chunked_backward(return_lse: bool, scale: float, residuals: Any, gradients: Any) -> Any:
+    q, k, v, ranges, o, lse = residuals
+    return (*chunked.backward(q, k, v, ranges, scale, o, lse, *gradients), None)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _dense(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges) -> tuple[jax.Array, jax.Array]:
+    """The oracle: all scores at once, gradients by autodiff."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    keys, values = (jnp.repeat(x.astype(dtype), q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    position = jnp.arange(k.shape[1])
+    visible = (position >= ranges.start[..., None]) & (position < ranges.end[..., None])
+    some = jnp.any(visible, axis=-1)[..., None]
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.einsum("btnh,bsnh->btns", q.astype(dtype), keys) * scale
+        # A query without keys softens over all of them and is then erased, so that no gradient is NaN.
+        scores = jnp.where(visible[:, :, None] | ~some[..., None], scores, -jnp.inf)
+        o = jnp.einsum("btns,bsnh->btnh", jax.nn.softmax(scores, axis=-1), values)
+    lse = jnp.where(some, jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
+    return jnp.where(some[..., None], o, 0).astype(q.dtype), lse
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array | None, k_end: jax.Array | None) -> None:
+    batch, length, heads, dim = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"softmax_attention: k and v must both be [{batch}, S, K, {dim}] for q {list(q.shape)}, "
+            f"got {list(k.shape)} and {list(v.shape)}"
+        )
+    if heads % k.shape[2]:
+        raise ValueError(f"softmax_attention: {heads} query heads are no multiple of {k.shape[2]} key heads")
+    if (k_start is None) != (k_end is None):
+        raise ValueError("softmax_attention: k_start and k_end come together or not at all")
+    if k_start is None and length != k.shape[1]:
+        raise ValueError(
+            f"softmax_attention: without k_start and k_end T and S must agree, got {length} and {k.shape[1]}"
+        )
+    for name, x in (("k_start", k_start), ("k_end", k_end)):
+        if x is not None and x.shape != (batch, length):
+            raise ValueError(f"softmax_attention: {name} must be [B, T] = {[batch, length]}, got {list(x.shape)}")
