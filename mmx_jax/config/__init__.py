@@ -19,6 +19,7 @@ from mmx_jax.config.run import (
     StageConfig,
     TrainableGroup,
 )
+from mmx_jax.config.serialize import first_difference, from_dict, to_dict
 
 __all__ = [
     "KEEP",
@@ -43,5 +44,8 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TrainableGroup",
+    "first_difference",
+    "from_dict",
     "hybrid_layers",
+    "to_dict",
 ]

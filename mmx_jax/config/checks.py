@@ -13,7 +13,7 @@ def fail(owner: object, field: str, problem: str) -> None:
     raise ConfigError(f"{type(owner).__name__}.{field} = {getattr(owner, field)!r}: {problem}")
 
 
-def at_least(owner: object, minimum: float, *fields: str) -> None:
+def at_least(owner: object, minimum: int | float, *fields: str) -> None:
     """Checks that each numeric field is at least `minimum`; None passes."""
     for field in fields:
         value: Any = getattr(owner, field)
