@@ -1,0 +1,174 @@
+"""The experts' matmul: rows sorted by expert, each multiplied with the weights of its own expert.
+
+`jax.lax.ragged_dot` is never used on a GPU, where XLA runs it densely.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.arrays import accumulator
+from pallas_kernels.grouped_matmul import blocked
+
+NAMES = ("blocked", "dense", "ragged_dot", "tokamax")
+"""Every name that `implementation=` accepts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute grouped products.
+
+    matmul(x [M, D], w [E, D, F], group_sizes, transposed): [M, F], or with `transposed` [M, D] from x [M, F].
+    weight_gradient(x [M, D], dy [M, F], group_sizes): [E, D, F].
+    obstacle(x, w): why a call cannot run, or None. What rows beyond the groups hold is not their business.
+    """
+
+    matmul: Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
+    weight_gradient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    obstacle: Callable[[jax.Array, jax.Array], str | None] = lambda x, w: None
+
+
+def implementations() -> tuple[str, ...]:
+    """Names the implementations that can run on the present platform, best first."""
+    return (*_candidates(), "blocked", "dense")
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    w: Float[Array, "E D F"],
+    group_sizes: Int[Array, " E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M F"]:
+    """Multiplies each row with the weights of its expert; differentiable in x and w (INV-23, INV-24).
+
+    Args:
+        x: rows sorted by expert, bf16 or fp32.
+        w: one matrix for each expert, in x's dtype.
+        group_sizes: int32, the number of rows of each expert, in order; their sum is at most M. Rows beyond the sum
+            belong to no expert: they give 0, whatever they hold, and their gradient is 0.
+        implementation: a name to force; by default the best one for platform, shape and dtype.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or the forced implementation is unknown or cannot run this call.
+    """
+    if x.shape[1:] != w.shape[1:2] or group_sizes.shape != w.shape[:1] or x.dtype != w.dtype:
+        raise ValueError(
+            "grouped_matmul: x [M, D], w [E, D, F] of one dtype and group_sizes [E] must fit, got "
+            f"{x.dtype.name}{list(x.shape)}, {w.dtype.name}{list(w.shape)} and {list(group_sizes.shape)}"
+        )
+
+    def obstacle(name: str) -> str | None:
+        try:
+            return _implementation(name).obstacle(x, w)
+        except ImportError as error:
+            return f"it cannot be imported: {error}"
+
+    title = f"grouped_matmul of {x.dtype.name}{list(x.shape)} by {list(w.shape)}"
+    name = dispatch.choose(title, _candidates(), obstacle, fallback="blocked", forced=implementation, known=NAMES)
+    return _product(name, x, w, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(name: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return _rows(_implementation(name).matmul(x, w, group_sizes, False), x, group_sizes)
+
+
+def _product_forward(name: str, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _product(name, *arguments), arguments
+
+
+def _product_backward(name: str, arguments: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
+    x, w, group_sizes = arguments
+    chosen = _implementation(name)
+    dx = _rows(chosen.matmul(dy, w, group_sizes, True), x, group_sizes)
+    return dx, chosen.weight_gradient(x, dy, group_sizes).astype(w.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _rows(y: jax.Array, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Erases the rows that belong to no expert."""
+    belongs = jnp.arange(y.shape[0]) < jnp.sum(group_sizes)
+    return jnp.where(belongs[:, None], y, 0).astype(x.dtype)
+
+
+def _candidates() -> tuple[str, ...]:
+    if dispatch.platform() == "tpu":
+        return ("ragged_dot",)
+    capability = dispatch.compute_capability() if dispatch.platform() == "gpu" else None
+    return ("tokamax",) if capability is not None and int(capability) == 9 else ()
+
+
+@functools.cache
+def _implementation(name: str) -> Implementation:
+    if name == "blocked":
+        return Implementation(blocked.matmul, blocked.weight_gradient)
+    if name == "dense":
+        return Implementation(_dense_matmul, _dense_weight_gradient)
+    if name == "ragged_dot":
+        return _ragged(lax.ragged_dot_general, _ragged_dot_obstacle)
+    import tokamax._src.ops.ragged_dot.api as tokamax_api
+
+    mosaic = functools.partial(tokamax_api.ragged_dot_general, implementation="mosaic_gpu")
+    return _ragged(mosaic, _tokamax_obstacle)
+
+
+def _ragged(
+    general: Callable[..., jax.Array], obstacle: Callable[[jax.Array, jax.Array], str | None]
+) -> Implementation:
+    """Builds an implementation from a function with the interface of `jax.lax.ragged_dot_general`."""
+
+    def numbers(left: int, right: int, group: tuple[int, ...]) -> lax.RaggedDotDimensionNumbers:
+        return lax.RaggedDotDimensionNumbers((((left,), (right,)), ((), ())), (0,), group)
+
+    def call(a: jax.Array, b: jax.Array, sizes: jax.Array, dimensions: lax.RaggedDotDimensionNumbers) -> jax.Array:
+        return general(a, b, sizes, dimensions, precision=_precision(a), preferred_element_type=accumulator(a))
+
+    return Implementation(
+        lambda x, w, sizes, transposed: call(x, w, sizes, numbers(1, 2 if transposed else 1, (0,))),
+        lambda x, dy, sizes: call(x, dy, sizes, numbers(0, 0, ())),
+        obstacle,
+    )
+
+
+def _precision(x: jax.Array) -> lax.Precision | None:
+    return None if x.dtype.itemsize < 4 else lax.Precision.HIGHEST
+
+
+def _ragged_dot_obstacle(x: jax.Array, w: jax.Array) -> str | None:
+    return "XLA runs it densely on a GPU" if dispatch.platform() == "gpu" else None
+
+
+def _tokamax_obstacle(x: jax.Array, w: jax.Array) -> str | None:
+    if x.dtype != jnp.bfloat16:
+        return f"dtype is {x.dtype.name}, not bfloat16"
+    if x.shape[1] % 128 or w.shape[2] % 128:
+        return f"widths {x.shape[1]} and {w.shape[2]} are no multiples of 128"
+    return None
+
+
+def _owners(rows: int, group_sizes: jax.Array) -> jax.Array:
+    """Says which expert owns which row [M, E]."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(rows)[:, None]
+    return (row >= ends - group_sizes) & (row < ends)
+
+
+def _dense_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:
+    spec = "mef,edf->md" if transposed else "med,edf->mf"
+    each = jnp.where(_owners(x.shape[0], group_sizes)[..., None], x[:, None], 0)
+    return jnp.einsum(spec, each, w, precision="highest", preferred_element_type=accumulator(x))
+
+
+def _dense_weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    each = jnp.where(_owners(x.shape[0], group_sizes)[..., None], x[:, None], 0)
+    return jnp.einsum("med,mf->edf", each, dy, precision="highest", preferred_element_type=accumulator(x))
