@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Int
 
+from pallas_kernels import dispatch
+from pallas_kernels.lightning import mosaic_tpu_decode as decode
 from pallas_kernels.lightning import mosaic_tpu_kernels as kernels
-from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State
+from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State, Token
 from pallas_kernels.lightning.mosaic_tpu_segments import ChunkRuns, chunk_runs
 
 WIDTH = 128
@@ -50,32 +52,33 @@ class Plan(NamedTuple):
     heads: int
 
 
+def _chip() -> pltpu.TpuInfo:
+    """Describes the TPU that calls traced now will run on; without one at hand (interpreter, lowering), a v5p."""
+    if pltpu.is_tpu_device():
+        return pltpu.get_tpu_info()
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
+
+
 def plan(batch: int, heads: int) -> Plan:
-    """Chooses chunk and heads per step for the device at hand (an interpreter counts as a v5p).
+    """Chooses chunk and heads per step.
 
     Chunks are 128 where the matrix unit is 128 wide and 256 where it is 256 wide or memory is slow (kernels.md 9.9);
     steps take up to 8 heads, fewer where a second core would otherwise idle.
     """
-    chunk, cores = 128, 2
-    if not _interpreting.get():
-        info = pltpu.get_tpu_info()
-        chunk = 256 if info.is_lite or info.mxu_column_size >= 256 else 128
-        cores = info.num_cores
+    info = _chip()
+    chunk, cores = 256 if info.is_lite or info.mxu_column_size >= 256 else 128, info.num_cores
     divisors = [d for d in range(1, HEADS_PER_STEP + 1) if heads % d == 0]
     busy = [d for d in divisors if batch * heads // d >= cores]
     return Plan(chunk, max(busy or [1]))
 
 
-def supports(
-    operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool
-) -> str | None:
+def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool) -> str | None:
     """Says why a call cannot run on the current device, or None: see `implementation.Implementation.supports`."""
     batch, length, _, width = shape
-    if not _interpreting.get():
-        if not pltpu.is_tpu_device():
-            return "the device is not a TPU"
-        if (generation := pltpu.get_tpu_info().generation) < 5:
-            return f"it needs TPU v5 or newer, not generation {generation}"
+    if not (_interpreting.get() or pltpu.is_tpu_device() or dispatch.platform() == "tpu"):
+        return "the device is not a TPU"
+    if (generation := _chip().generation) < 5:
+        return f"it needs a TPU v5 or newer, not one of generation {generation}"
     if width != WIDTH:
         return f"it is written for head dim {WIDTH}, not {width}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
@@ -126,6 +129,17 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
     return call.walk(kernel, {"k": k, "v": v}, (), reverse=reverse, weighted=False)[1]
 
 
+def decode_step(
+    q: Token, k: Token, v: Token, state: jax.Array, slopes: Slopes, slots: Int[Array, " B"] | None
+) -> tuple[Token, jax.Array]:
+    """Returns the output [B, N, H] and the fp32 state pool [rows, N, H, H], advanced in place (model.md 4.11; INV-31).
+
+    `slots` [B] names each request's row of the pool, all different; a slot outside the pool is ignored, its output 0.
+    """
+    # Every step moves whole states whatever the batch, so a second core is fed by heads, not by requests.
+    return decode.decode_step(q, k, v, state, slopes, slots, plan(1, q.shape[1]).heads, VMEM_LIMIT)
+
+
 class _Call(NamedTuple):
     """What every walk over the chunks of one call shares."""
 
@@ -137,12 +151,12 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, x: Heads, slopes: Slopes, segment_ids: SegmentIds | None) -> "_Call":
-        batch, length, heads, _ = x.shape
+        batch, length, heads, width = x.shape
         cut = plan(batch, heads)
         if segment_ids is None and length % cut.chunk:
             segment_ids = jnp.ones((batch, length), jnp.int32)
         runs = None if segment_ids is None else chunk_runs(segment_ids, cut.chunk)
-        return cls(x.shape, x.dtype, cut, slopes.astype(jnp.float32), runs)
+        return cls((batch, length, heads, width), x.dtype, cut, slopes.astype(jnp.float32), runs)
 
     def walk(
         self,

@@ -11,6 +11,7 @@ depend on the head alone and are built once, at the first chunk; chunks that hol
 No exponent is ever positive.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +23,13 @@ from pallas_kernels.lightning.mosaic_tpu_segments import FRESH, MIXED
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 Ref = Any
+Tile = Callable[[str], jax.Array]
 
 
 class Factors(NamedTuple):
     """Decay inside one chunk of one head: `weights` [C, C], `enter` and `leave` [C, H], `keep` [1, H], all fp32."""
 
-    weights: jax.Array | None
+    weights: Any  # None where only the state is wanted
     enter: jax.Array
     leave: jax.Array
     keep: jax.Array
@@ -39,7 +41,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, 
     return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis).astype(jnp.float32)
 
 
@@ -104,29 +106,28 @@ def for_each_head(
     tables: dict[str, Ref],
     reverse: bool,
     forget: Callable[[], None],
-    step: Callable[[Any, Any, Factors, Callable[[str], jax.Array]], None],
+    step: Callable[[Any, Any, Factors, Tile], None],
 ) -> None:
-    """Runs `step(head, columns, factors, tile)` for every head of the block, on the fast path where the chunk allows it.
+    """Runs `step(head, columns, factors, tile)` for every head of the block, the fast way where the chunk allows it.
 
-    `columns` is where the head lies in a block, `tile(name)` its [C, H] tile of an input. `forget` zeroes the state where a segment begins with the chunk:
-    before the step, or after it when time runs backwards.
+    `columns` is where the head lies in a block, `tile(name)` its [C, H] tile of an input. `forget` zeroes the state
+    where a segment begins with the chunk: before the step, or after it when time runs backwards.
     """
-    heads, chunk, width = tables["enter"].shape
+    heads, _, width = tables["enter"].shape
 
     def fast() -> None:
         for head in range(heads):
             columns = pl.ds(head * width, width)
-            step(head, columns, table_factors(tables, head), lambda name, c=columns: inputs[name][0, :, c])
+            step(head, columns, table_factors(tables, head), functools.partial(_tile, inputs, columns))
 
     if inputs["runs"] is None:
         fast()
         return
-    row, group, position = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    count = pl.num_programs(2)
+    row, group, position, count = pl.program_id(0), pl.program_id(1), pl.program_id(2), pl.num_programs(2)
     mode = scalars["modes"][row * count + (count - 1 - position if reverse else position)]
 
     @pl.when(mode != MIXED)
-    def _() -> None:
+    def uniform() -> None:
         if not reverse:
             pl.when(mode == FRESH)(forget)
         fast()
@@ -134,24 +135,26 @@ def for_each_head(
             pl.when(mode == FRESH)(forget)
 
     @pl.when(mode == MIXED)
-    def _() -> None:
+    def mixed() -> None:
         runs = Runs.load(inputs["runs"])
 
         @pl.loop(0, heads)
-        def _(head: jax.Array) -> None:
+        def each(head: jax.Array) -> None:
             columns = pl.ds(pl.multiple_of(head * width, width), width)
             slope = scalars["slopes"][group * heads + head]
             factors = runs.factors(slope, width, reverse, tables["weights"] is not None)
-            step(head, columns, factors, lambda name: runs.clean(inputs[name][0, :, columns]))
+            step(head, columns, factors, lambda name: runs.clean(_tile(inputs, columns, name)))
 
 
+def _tile(inputs: dict[str, Ref], columns: Any, name: str) -> jax.Array:
+    return inputs[name][0, :, columns]
 
 
 def begin(scalars: dict[str, Ref], state_in: Ref | None, scratch: dict[str, Any], reverse: bool) -> None:
     """At the first chunk, builds the decay tables and loads the incoming state, or zeros."""
 
     @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
+    def first() -> None:
         state = scratch["state"]
         build_tables(scalars["slopes"], pl.program_id(1) * state.shape[0], scratch["tables"], reverse)
         state[...] = jnp.zeros_like(state) if state_in is None else state_in[0]
@@ -162,7 +165,7 @@ def end(state: Ref, state_out: Ref | None) -> None:
     if state_out is not None:
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-        def _() -> None:
+        def last() -> None:
             state_out[0] = state[...]
 
 
@@ -180,7 +183,7 @@ def forward_kernel(scalars: dict[str, Ref], inputs: dict[str, Ref], outputs: dic
     def forget() -> None:
         state[...] = jnp.zeros_like(state)
 
-    def step(head: Any, columns: Any, factors: Factors, tile: Callable[[str], jax.Array]) -> None:
+    def step(head: Any, columns: Any, factors: Factors, tile: Tile) -> None:
         q, k, v = tile("q"), tile("k"), tile("v")
         scores = (dot(q, k, NT) * factors.weights).astype(q.dtype)
         o = dot(q, state[head].astype(q.dtype), NN) * factors.enter + dot(scores, v, NN)
@@ -203,7 +206,7 @@ def reverse_kernel(scalars: dict[str, Ref], inputs: dict[str, Ref], outputs: dic
     def forget() -> None:
         state[...] = jnp.zeros_like(state)
 
-    def step(head: Any, columns: Any, factors: Factors, tile: Callable[[str], jax.Array]) -> None:
+    def step(head: Any, columns: Any, factors: Factors, tile: Tile) -> None:
         q, k, v, do = tile("q"), tile("k"), tile("v"), tile("do")
         rounded = state[head].astype(q.dtype)
         scores = (dot(v, do, NT) * factors.weights).astype(q.dtype)
@@ -228,7 +231,7 @@ def state_kernel(
     def forget() -> None:
         state[...] = jnp.zeros_like(state)
 
-    def step(head: Any, columns: Any, factors: Factors, tile: Callable[[str], jax.Array]) -> None:
+    def step(head: Any, columns: Any, factors: Factors, tile: Tile) -> None:
         _advance(state, head, factors.keep, factors.enter if reverse else factors.leave, tile("k"), tile("v"))
 
     for_each_head(scalars, inputs, scratch["tables"], reverse, forget, step)

@@ -14,7 +14,7 @@ class ChunkRuns(NamedTuple):
     """Boundaries of every chunk, relative to the state that enters it.
 
     - `modes` [B*chunks]: PLAIN, all tokens are real and continue the incoming segment (constant-decay fast path);
-      FRESH, all tokens are real and belong to one new segment (the fast path after forgetting the state); MIXED, the rest.
+      FRESH, all tokens are real and of one new segment (the fast path after forgetting the state); MIXED, the rest.
     - `runs` [B, 2, chunks*C]: per token, its segment id minus that of the incoming state (PADDING for padding and for
       places past the end), and its age: the number of real tokens of its chunk up to and including it.
     """
