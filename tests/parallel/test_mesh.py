@@ -1,0 +1,68 @@
+"""Mesh axes and sharding rules: what fits is built, what does not is named."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mmx_jax.config import ModelConfig, hybrid_layers
+from mmx_jax.model import parameter_spec
+from parallel.mesh import AXES, MeshError, make_mesh, resolve_sizes
+from parallel.sharding import Rules, ShardingError, constrain
+
+
+def test_every_axis_exists_with_size_one():
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert resolve_sizes({"fsdp": -1, "tensor": 2}, 8) == {
+        "data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"model": 2}, "unknown mesh axes.*model.*data, fsdp, expert, sequence, tensor"),
+        ({"fsdp": -1, "tensor": 3}, "'fsdp' cannot be filled: 8 devices are no multiple of 3"),
+        ({"data": 4}, "needs 4 devices, there are 8"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, message):
+    with pytest.raises(MeshError, match=message):
+        resolve_sizes(sizes, 8)
+
+
+def test_rules_raise_with_names():
+    rules = Rules()
+    with pytest.raises(ShardingError, match="no rule for logical axis 'width'"):
+        rules.spec(("width",))
+    with pytest.raises(ShardingError, match=r"'heads' and 'ffn' .* both use mesh axis 'tensor'"):
+        rules.spec(("heads", "ffn"))
+    with pytest.raises(ShardingError, match=r"names mesh axes \['model'\]"):
+        Rules(heads=("model",))
+    mesh = make_mesh({"tensor": 8})
+    with pytest.raises(ShardingError, match=r"qkv: dimension 1 \(heads\) has size 4, .* 8 shards"):
+        rules.sharding(mesh, ("embed", "heads"), (64, 4), "qkv")
+
+
+def test_every_parameter_of_the_table_has_a_partition_on_every_kind_of_mesh():
+    model = ModelConfig(
+        vocab_size=128, hidden_size=64, layers=hybrid_layers(8), num_heads=8, num_kv_heads=8, head_dim=8, rotary_dim=4,
+        ffn_hidden_size=64, num_experts=8,
+    )  # fmt: skip
+    for sizes in ({"fsdp": 8}, {"expert": 8}, {"tensor": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}):
+        mesh = make_mesh(sizes)
+        for path, spec in parameter_spec(model).items():
+            assert Rules().sharding(mesh, spec.axes, spec.shape, path).mesh == mesh
+
+
+def test_constrain_splits_on_the_mesh_in_use_and_is_nothing_without_one():
+    x = jnp.ones((8, 16, 4))
+    assert constrain(x, "batch", "sequence", None) is x
+    mesh = make_mesh({"data": 4, "sequence": 2})
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x * 2, "batch", "sequence", None))(x)
+    assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, P("data", "sequence")), y.ndim)
