@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,7 +101,7 @@ class CheckpointStore:
                 self._try_lock()
             self._release_lock()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -54,8 +54,10 @@ def _shard_writers(array: jax.Array, name: str) -> dict[jax.Device, Index]:
 
 
 def _on_host(data: jax.Array) -> np.ndarray:
-    """Host memory of its own: on CPU devices numpy would share the buffer, which a donating step then reuses."""
-    return np.array(data, copy=True) if data.platform() == "cpu" else np.asarray(data)
+    """Values in memory of their own: numpy would share host buffers, which a donating step then reuses."""
+    (device,) = data.devices()
+    in_host_memory = device.platform == "cpu" or data.sharding.memory_kind != "device"
+    return np.array(data, copy=True) if in_host_memory else np.asarray(data)
 
 
 def copy_to_host(tree: Any) -> list[HostArray]:
