@@ -13,6 +13,8 @@ class TokenizerConfig:
     """SentencePiece .model or Hugging Face tokenizer.json; None trains one while preparing."""
     vocab_size: int = 32_768
     """Pieces of a tokenizer to train (SentencePiece BPE with byte fallback, at most 200,000)."""
+    end_of_text: str | None = None
+    """Piece of a tokenizer to read that ends documents; None is the one that the tokenizer itself names."""
     training_bytes: int = 200_000_000
     """At most so many bytes of text, spread over the corpus, are used for training it."""
 
@@ -39,6 +41,8 @@ class PrepareConfig:
     """File name patterns taken from folders; empty takes every text file."""
     exclude: tuple[str, ...] = ()
     """Path patterns left out."""
+    document_bytes: int | None = None
+    """Longer documents become several, cut at line ends every so many bytes; None keeps them whole."""
     held_out_fraction: float = 0.05
     """Share of documents set aside by a hash of their name, never trained on."""
     deduplicate: tuple[str, ...] = ()
@@ -60,6 +64,7 @@ class PrepareConfig:
         if unknown := sorted(set(self.deduplicate) - {"exact", "near"}):
             fail(self, "deduplicate", f"holds {unknown}; allowed are 'exact' and 'near'")
         at_least(self, 0, "processes")
+        at_least(self, 1024, "document_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,8 @@ class DataConfig:
     """Packing is planned over windows of so many rows of the globally shuffled document order."""
     seed: int = 0
     """Seed of the document shuffle."""
+    loss_roles: tuple[str, ...] = ()
+    """Roles whose tokens are learned in records with spans; empty learns all. Documents without spans are learned whole."""
     prepare: tuple[PrepareConfig, ...] = ()
     """Stores that are prepared at the start when they do not exist yet."""
     workers: int = 0
