@@ -1,5 +1,6 @@
 """Logical axes of arrays, and the mesh axes they are split over."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -69,14 +70,13 @@ class Rules:
           ShardingError: as `spec`, and when a dimension does not divide by its mesh axes; the message names them.
         """
         spec = self.spec(axes)
-        for dim, (logical, entry) in enumerate(zip(axes, spec, strict=True)):
-            ways = 1
-            for mesh_axis in entry or ():
-                ways *= mesh.shape[mesh_axis]
+        for dim, logical in enumerate(axes):
+            mesh_axes = getattr(self, logical) if logical else ()
+            ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
             if shape[dim] % ways:
                 raise ShardingError(
                     f"{name}: dimension {dim} ({logical}) has size {shape[dim]}, which does not divide by the {ways} "
-                    f"shards of mesh axes {entry}"
+                    f"shards of mesh axes {mesh_axes}"
                 )
         return NamedSharding(mesh, spec)
 
