@@ -106,7 +106,7 @@ class DataConfig:
     seed: int = 0
     """Seed of the document shuffle."""
     loss_roles: tuple[str, ...] = ()
-    """Roles whose tokens are learned in records with spans; empty learns all. Documents without spans are learned whole."""
+    """Roles whose tokens are learned in records with spans; empty learns all. Documents without spans count whole."""
     prepare: tuple[PrepareConfig, ...] = ()
     """Stores that are prepared at the start when they do not exist yet."""
     workers: int = 0

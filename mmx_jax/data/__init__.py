@@ -3,6 +3,7 @@
 `prepare` is in `mmx_jax.data.prepare`, which is also a command.
 """
 
+from mmx_jax.data.baselines import Baselines, baselines
 from mmx_jax.data.batch import Batch
 from mmx_jax.data.errors import DataError, StoreError, TokenizerError
 from mmx_jax.data.held_out import HeldOutBatches, held_out_batches
@@ -11,6 +12,7 @@ from mmx_jax.data.store import Manifest, TokenStore, check_store_vocabulary, ver
 from mmx_jax.data.tokenizer import StreamDecoder, Tokenizer, check_vocabulary, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "Baselines",
     "Batch",
     "DataError",
     "HeldOutBatches",
@@ -22,6 +24,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "TrainingRows",
+    "baselines",
     "check_store_vocabulary",
     "check_vocabulary",
     "held_out_batches",

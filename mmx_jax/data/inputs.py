@@ -11,7 +11,17 @@ from pathlib import Path
 from mmx_jax.data.errors import DataError
 
 STDLIB = "python:stdlib"
-STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Tests, installed packages, and folders of generated tables (character maps, help texts), which are no source.
+STDLIB_SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 COMPRESSIONS = {".gz": "gzip", ".dz": "gzip", ".xz": "xz"}
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 SNIFFED_BYTES = 4096
@@ -48,7 +58,8 @@ def find_inputs(inputs: tuple[str, ...], include: tuple[str, ...] = (), exclude:
 
     Args:
       inputs: files; folders (all files below that are text, not hidden, and match `include`); globs ("**" too);
-        "python:stdlib" (the *.py files of this Python's own library, without tests and installed packages).
+        "python:stdlib" (the *.py files of this Python's own library, without tests, generated tables and installed
+        packages).
       include: file name patterns that files in folders must match; empty takes every text file.
       exclude: patterns on the path below the input, which leave files out of folders and globs.
 

@@ -3,8 +3,8 @@
 Source s is owed T_s(x) rows after x rows of the stream: the integral of its share of the weights. It takes its k-th row
 at the moment x where T_s(x) = k + phase_s, and the rows of the stream are these moments in order (ties: the earlier
 source). The phases (s + 1/2) / S spread the sources. So every prefix of the stream holds of each source what is owed,
-up to a rounding, and row r needs no look at the rows before it: T is a table at no more than 65,536 places up to the last
-point of the weights, and one straight line after it.
+up to a rounding, and row r needs no look at the rows before it: T is a table at no more than 65,536 places up to the
+last point of the weights, and one straight line after it.
 
 All machines must agree on every row. T is therefore kept in integers, and the few floating-point operations are single
 additions, multiplications and divisions, which IEEE 754 defines to the last bit.

@@ -67,7 +67,7 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Manifest:
             if not (folder / "tokenizer_config.json").exists():
                 _provide_tokenizer(folder, config, jobs, bar)
             jobs = [replace(job, removed=removed.get(job.number, frozenset())) for job in jobs]
-            todo = [job for job in jobs if not job.record.exists()]
+            todo = [job for job in jobs if not job.finished()]
             task = bar.add_task("tokenise", total=len(jobs), completed=len(jobs) - len(todo))
             for _, _ in run_jobs(tokenize_shard, todo, processes, ShardJob.describe):
                 bar.advance(task)

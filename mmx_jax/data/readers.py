@@ -149,12 +149,14 @@ def _parts(name: str, chunks: Iterable[str], document_bytes: int) -> Iterator[Do
     number, buffer = 0, b""
     for chunk in chunks:
         buffer += chunk.encode()
-        while len(buffer) > document_bytes:
-            stop = buffer.rfind(b"\n", 0, document_bytes) + 1 or document_bytes
+        start = 0
+        while len(buffer) - start > document_bytes:
+            stop = buffer.rfind(b"\n", start, start + document_bytes) + 1 or start + document_bytes
             while buffer[stop] & 0xC0 == 0x80:  # not inside a character
                 stop -= 1
-            yield Document(f"{name}#part-{number}", [Span(None, [buffer[:stop].decode()])])
-            number, buffer = number + 1, buffer[stop:]
+            yield Document(f"{name}#part-{number}", [Span(None, [buffer[start:stop].decode()])])
+            number, start = number + 1, stop
+        buffer = buffer[start:]
     if buffer:
         yield Document(f"{name}#part-{number}" if number else name, [Span(None, [buffer.decode()])])
 

@@ -15,8 +15,6 @@ from jaxtyping import UInt32
 from mmx_jax.data.errors import DataError
 
 SPLITS = ("train", "held_out")
-PLAIN = -1
-"""Role of a span of a document that has spans, where the span names none."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -98,7 +96,8 @@ class SplitWriter:
 
         Args:
           name: its name.
-          spans: (role, (ids, UTF-8 bytes) of its chunks); a document whose only span has role None stores no spans.
+          spans: (role, (ids, UTF-8 bytes) of its chunks); plain text is one span of role None
+            and stores no spans.
           end: id of end of text, appended if there is any token; it belongs to the last span.
 
         Returns:
@@ -107,20 +106,21 @@ class SplitWriter:
         if self._tokens is None:
             self._tokens = open(self._path("tokens.tmp"), "wb")  # noqa: SIM115
         tokens = text_bytes = 0
-        roles: list[tuple[int, int]] = []
+        stored: list[tuple[int, int]] = []
         for role, chunks in spans:
             for ids, size in chunks:
                 self._write(ids)
                 tokens, text_bytes = tokens + len(ids), text_bytes + size
-            roles.append((tokens, PLAIN if role is None else self._roles.setdefault(role, len(self._roles))))
+            if role is not None:
+                stored.append((tokens, self._roles.setdefault(role, len(self._roles))))
         if not tokens:
             return 0, 0
         self._write(np.array([end], np.uint32))
         tokens += 1
         self._end += tokens
-        if [role for _, role in roles] != [PLAIN]:
-            roles[-1] = (tokens, roles[-1][1])
-            self._spans += roles
+        if stored:
+            stored[-1] = (tokens, stored[-1][1])
+            self._spans += stored
         self._index.append((self._end, text_bytes, len(self._spans)))
         self._names.append(name)
         return tokens, text_bytes

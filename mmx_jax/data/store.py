@@ -169,13 +169,11 @@ class TokenStore:
         shard, local = self._find(document)
         return int(shard.index[local, 1])
 
-    def spans(self, document: int) -> list[tuple[str | None, int]]:
+    def spans(self, document: int) -> list[tuple[str, int]]:
         """(role, end in tokens) of a document's spans, the last of which ends with the document; [] if it is plain."""
         shard, local = self._find(document)
         start, stop = shard.bounds(local, 2)
-        if start == stop:
-            return []
-        return [(shard.roles[role] if role >= 0 else None, int(end)) for end, role in shard.spans[start:stop]]
+        return [(shard.roles[role], int(end)) for end, role in shard.spans[start:stop]] if start < stop else []
 
 
 def _check_sizes(folder: Path, manifest: Manifest, split: str) -> list[str]:

@@ -40,10 +40,10 @@ Encode = Callable[[str, bool], list[int]]
 class StreamDecoder:
     """Decodes ids one by one; text comes out as soon as its UTF-8 bytes are whole."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: "Tokenizer", continuation: bool) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer.prefix_space
+        self._strip = tokenizer.prefix_space and not continuation
 
     def push(self, token: int) -> str:
         """Text that `token` completes; bytes of an unfinished character wait for the next call."""
@@ -144,9 +144,14 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def stream_decoder(self) -> StreamDecoder:
-        """A fresh incremental decoder."""
-        return StreamDecoder(self)
+    def stream_decoder(self, *, continuation: bool = False) -> StreamDecoder:
+        """A fresh incremental decoder.
+
+        Args:
+          continuation: the ids continue a text (a prompt), so that a space which some tokenizers put before every text
+            is a real one.
+        """
+        return StreamDecoder(self, continuation)
 
     def save(self, folder: str | Path) -> None:
         """Copies the tokenizer into `folder`, where `load_tokenizer(folder)` finds it."""

@@ -1,6 +1,7 @@
 """The work on one shard: which part of the corpus it is, and its tokens."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -39,6 +40,17 @@ class ShardJob:
     def record(self) -> Path:
         """The file that says that the shard is finished."""
         return Path(self.config.output) / "shards" / f"{self.stem}.json"
+
+    def finished(self) -> bool:
+        """Whether an earlier run wrote the shard: its record is there, and its files have the recorded sizes."""
+        if not self.record.exists():
+            return False
+        entries = [entry for entry in json.loads(self.record.read_text())["splits"].values() if entry]
+        files = [
+            (f"{entry['stem']}.{kind}", file["bytes"]) for entry in entries for kind, file in entry["files"].items()
+        ]
+        paths = [(self.record.with_name(name), size) for name, size in files]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
     def documents(self, report: ReadReport) -> Iterator[Document]:
         """All documents of the shard, duplicates included."""
