@@ -1,0 +1,8 @@
+"""Evaluation: a model as tasks see it, tasks by name, and their results."""
+
+from mmx_jax.evaluation.held_out import HeldOut
+from mmx_jax.evaluation.model import EvalModel
+from mmx_jax.evaluation.report import result_table, write_result
+from mmx_jax.evaluation.task import TASKS, Task, TaskResult, find_tasks
+
+__all__ = ["TASKS", "EvalModel", "HeldOut", "Task", "TaskResult", "find_tasks", "result_table", "write_result"]
