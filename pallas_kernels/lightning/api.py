@@ -7,7 +7,7 @@ previous real token starts a segment with an empty state.
 
 import functools
 import importlib
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,34 @@ NAMES = (*_ACCELERATED, *_PORTABLE)
 def implementations() -> tuple[str, ...]:
     """Names the implementations that can run on the present platform, best first."""
     return (*_candidates(), *_PORTABLE)
+
+
+@overload
+def lightning_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    *,
+    segment_ids: jax.Array | None = ...,
+    initial_state: jax.Array | None = ...,
+    return_state: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> jax.Array: ...
+
+
+@overload
+def lightning_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    *,
+    segment_ids: jax.Array | None = ...,
+    initial_state: jax.Array | None = ...,
+    return_state: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def lightning_attention(
@@ -215,7 +243,7 @@ def _attention(
     slopes: jax.Array,
     ids: jax.Array | None,
     initial_state: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Any]:
     chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
     o, state = chosen.forward(q, k, v, slopes, ids, initial_state)
     return o, state if return_state else None

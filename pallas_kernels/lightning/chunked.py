@@ -26,6 +26,10 @@ BLOCK_BYTES = 256 << 20
 """The scores and states of one block of chunks take at most about this much memory."""
 
 
+Walked = tuple[jax.Array, tuple[jax.Array, ...]]
+"""The state after a block, and the outputs [B, M, C, N, H] of its tokens."""
+
+
 class Decay(NamedTuple):
     """The decay factors of M chunks of C tokens, fp32; B or M is 1 where all rows or chunks agree.
 
@@ -70,7 +74,7 @@ def forward(
     """Returns the output in q's dtype and the state after each row's last real token."""
     dtype = accumulator(q)
 
-    def block(state: jax.Array, tokens: Tokens) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def block(state: jax.Array, tokens: Tokens) -> Walked:
         query, key, value = tokens.arrays
         decay = _decay(slopes.astype(dtype), tokens)
         entering, leaving = _entering(_weighted_outer(key, value, decay.key), decay.transmission, state)
@@ -100,7 +104,7 @@ def backward(
     transposed = None if initial_state is None else initial_state.swapaxes(-1, -2)
     dq, _ = forward(do, v, k, slopes, segment_ids, transposed)
 
-    def block(dleaving: jax.Array, tokens: Tokens) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def block(dleaving: jax.Array, tokens: Tokens) -> Walked:
         query, key, value, doutput = tokens.arrays
         decay = _decay(slopes.astype(dtype), tokens)
         arriving, dentering = _entering(
@@ -125,7 +129,7 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
     length = k.shape[1]
     if segment_ids is None:
         rank = jnp.arange(1, length + 1)[None]
-        member, total = jnp.ones_like(rank, bool), length
+        member, total = jnp.ones_like(rank, bool), rank[:, -1:]
     else:
         rank = jnp.cumsum(segment_ids > 0, axis=1)
         border = 1 if reverse else jnp.max(segment_ids, axis=1, keepdims=True)
@@ -155,7 +159,7 @@ def _entering(
 
 
 def _decay(slopes: jax.Array, tokens: Tokens) -> Decay:
-    """Builds the factors of a block's chunks; exponents are 0 or negative before the exponential is taken."""
+    """Builds the factors of a block's chunks."""
     chunk = tokens.arrays[0].shape[2]
     index = jnp.arange(chunk)
     causal = index[:, None] >= index[None, :]
@@ -170,17 +174,19 @@ def _decay(slopes: jax.Array, tokens: Tokens) -> Decay:
         same = causal & (ids[..., :, None] == ids[..., None, :]) & (ids > 0)[..., None, :]
         continues, survives = ids == before[..., None], ids == last[..., None]
         passes = last == before
+    rates = jnp.maximum(slopes, jnp.finfo(slopes.dtype).tiny)  # 0 times an infinite age would be NaN
+
+    def exponent(age: jax.Array, where: jax.Array) -> jax.Array:
+        # Behind the barrier XLA keeps the ages; else it computes them again for each head (3x the time on a CPU).
+        return lax.optimization_barrier(jnp.where(where, -age.astype(rates.dtype), -jnp.inf))
+
+    ages = exponent(rank[..., :, None] - rank[..., None, :], same)
     return Decay(
-        mask=_power(slopes[:, None, None], (rank[..., :, None] - rank[..., None, :])[:, :, None], same[:, :, None]),
-        query=_power(slopes, rank[..., None], continues[..., None]),
-        key=_power(slopes, (real[..., None] - rank)[..., None], survives[..., None]),
-        transmission=_power(slopes, real[..., None], passes[..., None]),
+        mask=jnp.exp(rates[:, None, None] * ages[:, :, None]),
+        query=jnp.exp(rates * exponent(rank, continues)[..., None]),
+        key=jnp.exp(rates * exponent(real[..., None] - rank, survives)[..., None]),
+        transmission=jnp.exp(rates * exponent(real, passes)[..., None]),
     )
-
-
-def _power(slopes: jax.Array, age: jax.Array, where: jax.Array) -> jax.Array:
-    """exp(-slope * age) where asked, else 0."""
-    return jnp.where(where, jnp.exp(-slopes * jnp.where(where, age, 0)), 0)
 
 
 def _state(state: jax.Array | None, q: jax.Array, *others: jax.Array) -> jax.Array:
@@ -192,13 +198,16 @@ def _state(state: jax.Array | None, q: jax.Array, *others: jax.Array) -> jax.Arr
 
 
 def _walk(
-    block: Callable[[jax.Array, Tokens], tuple[jax.Array, tuple[jax.Array, ...]]],
+    block: Callable[[jax.Array, Tokens], Walked],
     carry: jax.Array,
     arrays: tuple[jax.Array, ...],
     segment_ids: jax.Array | None,
     reverse: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Cuts the tokens into chunks, walks over blocks of chunks, and joins the blocks' outputs to [B, T, N, H]."""
+) -> Walked:
+    """Cuts the tokens into chunks, walks over blocks of chunks, and joins the blocks' outputs to [B, T, N, H].
+
+    A block gives one output walking forwards (o) and two walking backwards (dk, dv).
+    """
     batch, length, heads, dim = arrays[0].shape
     chunk = chunk_length(length)
     chunks = math.ceil(length / chunk)
@@ -209,13 +218,12 @@ def _walk(
     if blocks == 1:
         carry, outputs = block(carry, tokens)
     else:
-        outputs = tuple(
-            varying_like(jnp.zeros_like(arrays[0], shape=(batch, blocks * per_block, chunk, heads, dim)), carry)
-            for _ in jax.eval_shape(block, carry, _slice(tokens, 0, per_block))[1]
-        )
+        # The outputs grow in place, in the arrays' own order: stacking would need a transposed copy of each.
+        empty = varying_like(jnp.zeros_like(tokens.arrays[0]), carry)
+        outputs = (empty,) * (2 if reverse else 1)
 
-        def step(i: jax.Array, state: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple:
-            carry, outputs = state
+        def step(i: jax.Array, walked: Walked) -> Walked:
+            carry, outputs = walked
             start = (blocks - 1 - i if reverse else i) * per_block
             carry, parts = block(carry, _slice(tokens, start, per_block))
             return carry, tuple(lax.dynamic_update_slice_in_dim(o, p, start, 1) for o, p in zip(outputs, parts))

@@ -23,7 +23,9 @@ def recurrence(
     """Returns output and last state by S_t = exp(-slope) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t."""
     decay = jnp.exp(-slopes)[:, None, None]
 
-    def step(carry: tuple[jax.Array, jax.Array], token: tuple[jax.Array, ...]) -> tuple:
+    def step(
+        carry: tuple[jax.Array, jax.Array], token: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         state, current = carry
         query, key, value, segment = token
         real = (segment > 0)[:, None, None, None]
@@ -79,9 +81,9 @@ class Oracle:
             segment_ids = jnp.ones((batch, length), jnp.int32)
         if initial_state is None:
             initial_state = jnp.zeros((batch, heads, dim, dim), dtype)
-        arguments = (x.astype(dtype) for x in (q, k, v, slopes))
+        wide = (q.astype(dtype), k.astype(dtype), v.astype(dtype), slopes.astype(dtype))
         with jax.default_matmul_precision("highest"):
-            o, state = self.function(*arguments, segment_ids, initial_state.astype(dtype))
+            o, state = self.function(*wide, segment_ids, initial_state.astype(dtype))
         return o.astype(q.dtype), state
 
     def backward(

@@ -4,7 +4,7 @@ Causal, packed, offset (chunked prefill) and context-parallel masks are all rang
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,34 @@ NAMES = ("chunked", "cudnn", "dense")
 def implementations() -> tuple[str, ...]:
     """Names the implementations that can run on the present platform, best first."""
     return (*_candidates(), "chunked", "dense")
+
+
+@overload
+def softmax_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    k_start: jax.Array | None = ...,
+    k_end: jax.Array | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> jax.Array: ...
+
+
+@overload
+def softmax_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    k_start: jax.Array | None = ...,
+    k_end: jax.Array | None = ...,
+    return_lse: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def softmax_attention(
@@ -60,7 +88,10 @@ def softmax_attention(
     if name == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
     ranges = _ranges(q, k, k_start, k_end)
-    o, lse = (_dense if name == "dense" else functools.partial(_chunked, return_lse))(scale, q, k, v, ranges)
+    if name == "dense":
+        o, lse = _dense(scale, q, k, v, ranges)
+    else:
+        o, lse = _chunked(return_lse, scale, q, k, v, ranges)
     return (o, lse) if return_lse else o
 
 
@@ -93,7 +124,7 @@ def _ranges(q: jax.Array, k: jax.Array, k_start: jax.Array | None, k_end: jax.Ar
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
     return_lse: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Any]:
     o, lse = chunked.forward(q, k, v, ranges, scale)
     return o, lse if return_lse else None
 

@@ -26,19 +26,23 @@ class Ranges(NamedTuple):
 
 
 def block_lengths(batch: int, queries: int, keys: int, heads: int) -> tuple[int, int]:
-    """Returns the lengths of query and key blocks: one block of each while the scores are small."""
-    scores = ((16 << 20) if dispatch.platform() == "cpu" else (256 << 20)) // (4 * batch * heads)
-    if queries * keys <= scores:
-        return queries, keys
-    block = min(queries, 256)
-    return block, min(keys, max(256, scores // block // 256 * 256))
+    """Returns the lengths of query and key blocks.
+
+    On a CPU scores stay in the cache; elsewhere blocks are large, since each is a few kernel launches.
+    """
+    if dispatch.platform() == "cpu":
+        least, scores = 128, (2 << 20) // (4 * batch * heads)
+    else:
+        least, scores = 512, (256 << 20) // (4 * batch * heads)
+    block = min(queries, least)
+    return block, min(keys, max(least, scores // block // least * least))
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges, scale: float) -> tuple[jax.Array, jax.Array]:
     """Returns the output [B, T, N, H] in q's dtype and the fp32 log-sum-exp [B, T, N], -inf where nothing is seen."""
     query_block, key_block = block_lengths(q.shape[0], q.shape[1], k.shape[1], q.shape[2])
 
-    def step(_: None, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def step(_: None, block: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         query, *seen = block
 
         def body(index: jax.Array | int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -52,8 +56,8 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges, scale: flo
             return acc, total * kept + jnp.sum(weights, axis=-1), new_top
 
         zeros = jnp.zeros(query.shape, accumulator(q))
-        carry = (zeros, zeros[..., 0], jnp.full_like(zeros[..., 0], -jnp.inf))
-        carry = tuple(varying_like(x, q, k, v, *ranges) for x in carry)
+        start = (zeros, zeros[..., 0], jnp.full_like(zeros[..., 0], -jnp.inf))
+        carry = tuple(varying_like(x, q, k, v, *ranges) for x in start)
         acc, total, top = _visit_keys(body, carry, Ranges(*seen), k.shape[1], key_block)
         divisor = jnp.where(total > 0, total, 1)
         return None, ((acc / divisor[..., None]).astype(q.dtype), top + jnp.log(divisor))
@@ -81,7 +85,7 @@ def backward(
     some = jnp.isfinite(lse)
     common, finite = jnp.where(some, common, 0), jnp.where(some, lse, 0)
 
-    def step(carry: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> tuple:
+    def step(carry: tuple[jax.Array, ...], block: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
         query, doutput, top, shared, *seen = block
 
         def body(index: jax.Array | int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -97,8 +101,8 @@ def backward(
             return dquery, dk, dv
 
         dquery = varying_like(jnp.zeros(query.shape, accumulator(q)), *carry)
-        dquery, *carry = _visit_keys(body, (dquery, *carry), Ranges(*seen), k.shape[1], key_block)
-        return tuple(carry), dquery.astype(q.dtype)
+        dquery, *sums = _visit_keys(body, (dquery, *carry), Ranges(*seen), k.shape[1], key_block)
+        return tuple(sums), dquery.astype(q.dtype)
 
     zeros = tuple(varying_like(jnp.zeros(x.shape, accumulator(x)), q, k, v, do, *ranges) for x in (k, v))
     rows = (_grouped(x, k) for x in (q, do, finite[..., None], common[..., None]))
