@@ -26,16 +26,22 @@ KEPT_IN_FP32 = ("router", "head", "norm")
 """Components whose weights the model uses in fp32 (INV-22, INV-40)."""
 
 
-def inference_params(config: ModelConfig, params: Mapping[str, Array]) -> dict[str, Array]:
-    """Weights in the dtypes that they are used in: matmul weights in the compute dtype, the rest fp32.
+def inference_dtypes(config: ModelConfig) -> dict[str, jnp.dtype]:
+    """The dtype that each weight is used in: matmul weights the compute dtype, the rest fp32.
 
     Decoding reads every weight for each token, so master weights would double its cost.
     """
-    out = {}
-    for path, spec in parameter_spec(config).items():
-        fp32 = spec.component in KEPT_IN_FP32 or spec.group == "no_decay"
-        out[path] = jnp.asarray(params[path], jnp.float32 if fp32 else config.compute_dtype)
-    return out
+    return {
+        path: jnp.dtype(
+            "float32" if spec.component in KEPT_IN_FP32 or spec.group == "no_decay" else config.compute_dtype
+        )
+        for path, spec in parameter_spec(config).items()
+    }
+
+
+def inference_params(config: ModelConfig, params: Mapping[str, Array]) -> dict[str, Array]:
+    """The weights in the dtypes that they are used in."""
+    return {path: jnp.asarray(params[path], dtype) for path, dtype in inference_dtypes(config).items()}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("token", "active", "count", "limit", "request"), meta_fields=())

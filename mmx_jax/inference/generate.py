@@ -1,0 +1,193 @@
+"""Continues prompts with a trained model.
+
+    python -m mmx_jax.inference.generate --checkpoint runs/quickstart --prompt "def main("
+    python -m mmx_jax.inference.generate --checkpoint runs/quickstart --prompts_file prompts.txt --temperature 0
+    python -m mmx_jax.inference.generate --checkpoint runs/quickstart --prompts_file prompts.jsonl --output out.jsonl
+
+One prompt streams to the terminal. A file holds one prompt a line, or objects with the field "prompt" when its name
+ends in .jsonl; its prompts run together, and --output collects {"prompt", "continuation"} lines.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from absl import app, flags
+
+from mmx_jax.checkpoint import CheckpointError
+from mmx_jax.config import ConfigError
+from mmx_jax.config.overrides import fail_with
+from mmx_jax.data import DataError, Tokenizer
+from mmx_jax.inference.generator import Generator
+from mmx_jax.inference.load import LoadError, load_for_inference, with_tokenizer
+from mmx_jax.inference.sampling import SamplingConfig
+
+STREAMED_STEPS = 4
+"""Tokens between two looks at a streamed continuation."""
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, its folder of checkpoints, or a single step.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; by default the newest good one.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer; by default the one the model was trained with.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+_PROMPTS = flags.DEFINE_string("prompts_file", None, "File of prompts: a line each, or .jsonl with a field 'prompt'.")
+_OUTPUT = flags.DEFINE_string("output", None, "With --prompts_file: write .jsonl here instead of the terminal.")
+_MAX_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a continuation at most.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 always takes the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from so many of the likeliest tokens.")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample from the likeliest tokens that reach this probability together.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Sample from tokens at least this share as likely as the likeliest.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+_SLOTS = flags.DEFINE_integer("slots", 8, "Prompts of a file that are worked on together.", lower_bound=1)
+
+
+class PromptError(ValueError):
+    """Prompts that cannot be read."""
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file: its lines that are not empty, or the field "prompt" of each line of a .jsonl file.
+
+    Raises:
+      PromptError: no such file, no UTF-8, no prompt in it, or a line that is no such object; names file and line.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except OSError as error:
+        raise PromptError(f"--prompts_file: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"--prompts_file: {path}: byte {error.start} is not UTF-8") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+                if not isinstance(line, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise PromptError(f'--prompts_file: {path}:{number}: must be an object {{"prompt": "text"}}') from None
+        prompts.append(line)
+    if not prompts:
+        raise PromptError(f"--prompts_file: {path}: holds no prompt")
+    return prompts
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt; bytes of the command line that are no UTF-8 become U+FFFD.
+
+    Raises:
+      PromptError: it has no ids.
+    """
+    ids = tokenizer.encode(prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    if not ids:
+        raise PromptError(f"prompt {prompt!r} is empty: a continuation needs some text before it")
+    return ids
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters other than newline and tab become their pictures."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else _printable_rest(c) for c in text)
+
+
+def _printable_rest(character: str) -> str:
+    return "\ufffd" if 0x7F <= ord(character) <= 0x9F else character
+
+
+def stream_to(
+    output: TextIO, generator: Generator, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, limit: int
+) -> str:
+    """Writes a prompt and its continuation as it comes; returns a line on speed."""
+    ids = encode(tokenizer, prompt)
+    clean = printable if output.isatty() else str
+    decoder = tokenizer.stream_decoder()
+    output.write(clean(prompt))
+    output.flush()
+    times = [time.monotonic()]
+    for token in generator.stream(ids, sampling, limit):
+        times.append(time.monotonic())
+        output.write(clean(decoder.push(token)))
+        output.flush()
+    output.write(clean(decoder.finish()) + "\n")
+    return _stream_speed(len(ids), times)
+
+
+def _stream_speed(prompt_tokens: int, times: Sequence[float]) -> str:
+    """Speed after the first block of tokens: what comes before is the prompt, and compiling."""
+    count = len(times) - 1
+    if count == 0:
+        return f"prompt of {prompt_tokens} tokens; the text ended there"
+    said = f"{count} tokens after a prompt of {prompt_tokens}; the first one after {times[1] - times[0]:.1f} s"
+    # Tokens arrive in blocks; the first block's wait holds a compilation as well.
+    settled = 1 + STREAMED_STEPS
+    if count <= settled:
+        return said
+    return f"{said}, then {(count - settled) / max(times[-1] - times[settled], 1e-9):,.1f} tokens/s"
+
+
+def continue_all(
+    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig, limit: int
+) -> tuple[list[str], str]:
+    """Continuations of many prompts, and a line on speed."""
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    start = time.monotonic()
+    outputs = generator.generate(ids, sampling, limit)
+    seconds = time.monotonic() - start
+    count = sum(map(len, outputs))
+    work = f"{count} tokens for {len(prompts)} prompts in {seconds:.1f} s"
+    speed = f"{work}: {count / seconds:,.1f} tokens/s, compiling included"
+    return [tokenizer.decode(output) for output in outputs], speed
+
+
+def _rendered(prompts: Sequence[str], continuations: Sequence[str]) -> Iterator[str]:
+    for prompt, continuation in zip(prompts, continuations):
+        yield json.dumps({"prompt": prompt, "continuation": continuation}, ensure_ascii=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    # A terminal that cannot show a character shows a question mark instead of ending the program.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        return _run(argv)
+    except (PromptError, ConfigError, CheckpointError, DataError, LoadError) as error:
+        return fail_with(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
+    if len(argv) > 1:
+        raise PromptError(f"unexpected argument {argv[1]!r}; the text goes into --prompt")
+    if _CHECKPOINT.value is None:
+        raise PromptError("--checkpoint is missing: name a run's workdir, as in --checkpoint runs/quickstart")
+    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+        raise PromptError("give either --prompt or --prompts_file")
+    if _OUTPUT.value is not None and _PROMPTS.value is None:
+        raise PromptError("--output goes with --prompts_file")
+    sampling = SamplingConfig(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
+                              min_p=_MIN_P.value, seed=_SEED.value)  # fmt: skip
+    prompts = None if _PROMPTS.value is None else read_prompts(_PROMPTS.value)
+    loaded, tokenizer = with_tokenizer(load_for_inference(_CHECKPOINT.value, _STEP.value), _TOKENIZER.value)
+    if prompts is None:
+        assert _PROMPT.value is not None
+        generator = Generator(loaded.model, loaded.params, slots=1, decode_steps=STREAMED_STEPS)
+        speed = stream_to(sys.stdout, generator, tokenizer, _PROMPT.value, sampling, _MAX_NEW.value)
+    else:
+        generator = Generator(loaded.model, loaded.params, slots=_SLOTS.value)
+        continuations, speed = continue_all(generator, tokenizer, prompts, sampling, _MAX_NEW.value)
+        if _OUTPUT.value is None:
+            for prompt, continuation in zip(prompts, continuations):
+                print(printable(f"{prompt}{continuation}"), end="\n\n")
+        else:
+            Path(_OUTPUT.value).write_text("\n".join(_rendered(prompts, continuations)) + "\n", "utf-8")
+    print(f"[{loaded.run.name}, step {loaded.step}] {speed}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)
