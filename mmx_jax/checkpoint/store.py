@@ -96,8 +96,8 @@ class CheckpointStore:
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint-finish")
         self._pending: concurrent.futures.Future[None] | None = None
-        if self._primary and self.folder.is_dir():
-            with contextlib.suppress(OSError):  # a reader without write permission leaves everything as it is
+        if self._primary:
+            with contextlib.suppress(OSError):  # no folder yet, or a reader without write permission
                 self._try_lock()
             self._release_lock()
 
@@ -150,13 +150,15 @@ class CheckpointStore:
         self.open_for_writing()
         assert self._checkpointer is not None
         target = self.folder / step_folder_name(step)
-        if target.exists():
-            if self._retention.is_good(step):
-                raise CheckpointError(self.folder, "is saved already; save another number", step)
-            if self._primary:
-                self._remove(target)
         try:
+            if target.exists():
+                if self._retention.is_good(step):
+                    raise CheckpointError(self.folder, "is saved already; save another number", step)
+                if self._primary:
+                    self._remove(target)
             self._checkpointer.save(target, args=StepSave(tree, step, metadata, permanent))
+        except CheckpointError:
+            raise
         except Exception as error:
             raise self._write_error(step, error) from error
         self._pending = self._finisher.submit(self._finish, step)

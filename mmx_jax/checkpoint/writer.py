@@ -34,7 +34,7 @@ class HostArray:
             local = ArrayRecord(self.record.name, values.shape, self.record.dtype, self.record.chunk)
             for index in local.chunks():
                 where = tuple(o // c + i for o, c, i in zip(origin, self.record.chunk, index))
-                yield where, values[local.chunk_slices(index)]
+                yield where, values[*local.chunk_slices(index), ...]
 
 
 def _shard_writers(array: jax.Array, name: str) -> dict[jax.Device, Index]:
