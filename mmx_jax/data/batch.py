@@ -1,14 +1,10 @@
 """The batch: what a training or evaluation step reads."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32
-
-TokenRow = Int32[np.ndarray, "T"]
-MaskRow = Float32[np.ndarray, "T"]
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +29,6 @@ class Batch:
     """int32 [B, T]; index of the source in the mixture."""
 
     @classmethod
-    def stack(cls, rows: list[dict[str, np.ndarray]]) -> Self:
+    def stack(cls, rows: list[dict[str, np.ndarray]]) -> "Batch":
         """Batch [B, T] of B rows, as numpy arrays."""
         return cls(**{field.name: np.stack([row[field.name] for row in rows]) for field in fields(cls)})

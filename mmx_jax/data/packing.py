@@ -16,7 +16,7 @@ from jaxtyping import Int64
 class Plan:
     """Pieces in row order; the pieces of row r are those from row_starts[r] to row_starts[r + 1]."""
 
-    row_starts: Int64[np.ndarray, "rows+1"]
+    row_starts: Int64[np.ndarray, "row_bounds"]
     unit: Int64[np.ndarray, "pieces"]
     """Which of the planned lengths the piece is cut from."""
     start: Int64[np.ndarray, "pieces"]

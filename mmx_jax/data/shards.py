@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -163,6 +163,7 @@ class SplitWriter:
     def abandon(self) -> None:
         """Removes what was written so far."""
         if self._tokens is not None:
-            self._tokens.close()
+            with suppress(OSError):  # closing writes what is buffered, which fails again on a full disk
+                self._tokens.close()
         for kind in ("tokens.tmp", "tokens", "index", "names", "spans"):
             self._path(kind).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt16, UInt32
@@ -45,7 +45,7 @@ class Manifest:
         write_json(folder / MANIFEST, asdict(self))
 
     @classmethod
-    def read(cls, folder: str | Path) -> Self:
+    def read(cls, folder: str | Path) -> "Manifest":
         """Reads a store's manifest.
 
         Raises:
