@@ -10,7 +10,7 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from mmx_jax.config.checks import ConfigError
 from mmx_jax.config.run import RunConfig
@@ -49,6 +49,7 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
             fail_with(error)
         return main(config)
 
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # (the libraries' own chatter begins above it)
     app.run(start, flags_parser=parse)
 
 

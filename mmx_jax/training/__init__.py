@@ -1,0 +1,1 @@
+"""Training: schedule, loss, step, loop, stages and the hooks around them."""
