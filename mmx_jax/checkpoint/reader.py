@@ -84,9 +84,7 @@ def read_manifest(step_folder: Path) -> Manifest:
         step=about["step"],
         metadata=about["metadata"],
         permanent=about["permanent"],
-        records={
-            name: ArrayRecord(name, tuple(a["shape"]), a["dtype"], tuple(a["chunk"])) for name, a in arrays.items()
-        },
+        records={n: ArrayRecord(n, tuple(a["shape"]), a["dtype"], tuple(a["chunk"])) for n, a in arrays.items()},
         checksums={name: a["files"] for name, a in arrays.items()},
     )
 

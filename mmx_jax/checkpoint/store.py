@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import operator
 import os
 import re
 import shutil
@@ -68,7 +69,8 @@ class CheckpointStore:
     """Steps of one run in one folder of a POSIX file system (see `mmx_jax.checkpoint` for the format).
 
     Opening is cheap, creates nothing, and removes what killed saves left behind unless another process is writing.
-    Saving takes a lock on the folder until `close`. In a multi-process run every process makes the same calls.
+    Saving takes a lock on the folder until `close`; a program that ends without `close` (use `with`) may lose its last
+    save, with an error in the log. In a multi-process run every process makes the same calls.
 
     Args:
       folder: where the steps are, or will be.
@@ -143,6 +145,9 @@ class CheckpointStore:
           CheckpointError for a number already saved or metadata that JSON cannot hold.
         """
         self.wait()
+        step = operator.index(step)
+        if step < 0:
+            raise CheckpointError(self.folder, "the number of a step is 0 or more", step)
         try:
             metadata = json.loads(json.dumps(metadata))
         except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ atomic rename; the handler owns what is inside the folder.
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,16 +35,17 @@ class HostArray:
             local = ArrayRecord(self.record.name, values.shape, self.record.dtype, self.record.chunk)
             for index in local.chunks():
                 where = tuple(o // c + i for o, c, i in zip(origin, self.record.chunk, index))
-                yield where, values[*local.chunk_slices(index), ...]
+                yield where, np.asarray(values[local.chunk_slices(index)])
 
 
-def _shard_writers(array: jax.Array, name: str) -> dict[jax.Device, Index]:
+@functools.lru_cache(maxsize=8192)
+def _shard_writers(sharding: jax.sharding.Sharding, shape: Index, name: str) -> dict[jax.Device, Index]:
     """The device that writes each distinct shard, with the shard's origin; every process computes the same.
 
     Replicas share the work: copy number (shard ordinal + a number from the name) writes.
     """
     holders: dict[Index, list[jax.Device]] = {}
-    for device, box in array.sharding.devices_indices_map(array.shape).items():
+    for device, box in sharding.devices_indices_map(shape).items():
         holders.setdefault(tuple(part.start or 0 for part in box), []).append(device)
     offset = int(layout.crc32(name.encode()), 16)
     writers = {}
@@ -53,46 +55,39 @@ def _shard_writers(array: jax.Array, name: str) -> dict[jax.Device, Index]:
     return writers
 
 
-def _on_host(data: jax.Array) -> np.ndarray:
-    """Values in memory of their own: numpy would share host buffers, which a donating step then reuses."""
-    (device,) = data.devices()
-    in_host_memory = device.platform == "cpu" or data.sharding.memory_kind != "device"
-    return np.array(data, copy=True) if in_host_memory else np.asarray(data)
+def _share(name: str, leaf: jax.Array | np.ndarray) -> tuple[Index, list[tuple[Index, Any]]]:
+    """(shape of a shard, this process's (origin, values) blocks) of a leaf; copies to the host are under way."""
+    if isinstance(leaf, np.ndarray) or (leaf.is_fully_addressable and jax.process_count() > 1):
+        # Every process holds the whole value: the first one writes it.
+        return leaf.shape, [((0,) * leaf.ndim, leaf)] if jax.process_index() == 0 else []
+    writers = _shard_writers(leaf.sharding, leaf.shape, name)
+    mine = [part for part in leaf.addressable_shards if part.device in writers]
+    for part in mine:
+        part.data.copy_to_host_async()
+    return leaf.sharding.shard_shape(leaf.shape), [(writers[part.device], part.data) for part in mine]
 
 
 def copy_to_host(tree: Any) -> list[HostArray]:
     """Copies this process's share of every leaf to host memory; the arrays may be donated once it returns.
 
     Leaves may be jax arrays of any sharding, typed PRNG keys (stored as their key data), numpy arrays and numbers.
+    Arrays that are in host memory already are not copied: jax keeps a buffer that numpy looks at, and a step that
+    donates it takes another one.
     Raises: ValueError for names that clash; TypeError for a leaf that is no array.
     """
-    pending: list[tuple[ArrayRecord, list[tuple[Index, Any]]]] = []
+    pending = []
     for name, leaf in layout.named_leaves(tree):
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        blocks: list[tuple[Index, Any]] = []
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable and jax.process_count() > 1):
-            shard = leaf.sharding.shard_shape(leaf.shape)
-            writers = _shard_writers(leaf, name)
-            for part in leaf.addressable_shards:
-                if part.device in writers:
-                    part.data.copy_to_host_async()
-                    blocks.append((writers[part.device], part.data))
-        else:
-            # Every process holds the whole value: the first one writes it.
-            leaf = leaf if isinstance(leaf, jax.Array) else np.array(leaf)
-            if leaf.dtype.hasobject or leaf.dtype.kind in "USOMm":
+        if not isinstance(leaf, jax.Array):
+            leaf = np.array(leaf)
+            if leaf.dtype.hasobject or leaf.dtype.kind in "USMm":
                 raise TypeError(f"array {name!r}: a leaf of dtype {leaf.dtype} is no array of numbers")
-            shard = leaf.shape
-            if jax.process_index() == 0:
-                blocks.append(((0,) * leaf.ndim, leaf))
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        shard, blocks = _share(name, leaf)
         dtype = np.dtype(leaf.dtype)
-        record = ArrayRecord(name, tuple(leaf.shape), dtype.name, layout.chunk_shape(tuple(shard), dtype.itemsize))
+        record = ArrayRecord(name, leaf.shape, dtype.name, layout.chunk_shape(shard, dtype.itemsize))
         pending.append((record, blocks))
-    return [
-        HostArray(record, [(o, _on_host(data) if isinstance(data, jax.Array) else data) for o, data in blocks])
-        for record, blocks in pending
-    ]
+    return [HostArray(record, [(origin, np.asarray(data)) for origin, data in blocks]) for record, blocks in pending]
 
 
 def write_share(step_folder: Path, arrays: list[HostArray], process: int) -> None:

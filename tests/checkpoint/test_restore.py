@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,6 +21,7 @@ from mmx_jax.checkpoint import (
     CheckpointStore,
     layout,
 )
+from mmx_jax.checkpoint.writer import StepHandler, StepRestore, StepSave
 
 SHAPE = (16, 8, 24)
 
@@ -166,6 +168,16 @@ def test_step_written_chunk_by_chunk(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(wide.tree["params"]["w"]), stack.astype(np.float32))
 
 
+def test_orbax_alone_drives_the_handler(tmp_path: Path) -> None:
+    """The step handler is an ordinary Orbax handler: what it writes that way, the store restores, and the reverse."""
+    tree = {"params": {"w": jax.device_put(values(12), NamedSharding(mesh(8), P("tensor")))}}
+    with ocp.Checkpointer(StepHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "00000003", args=StepSave(tree, 3, {"tokens": 1}))
+        restored = checkpointer.restore(tmp_path / "00000003", args=StepRestore(tree))
+    assert equal(restored, tree)
+    assert equal(CheckpointStore(tmp_path).restore(tree, 3).tree, tree)
+
+
 def test_part_of_a_tree(tmp_path: Path) -> None:
     """Parameters alone are restored without touching the optimizer's files."""
     tree = {"params": {"w": jnp.asarray(values(7))}, "optimizer": {"mu": jnp.asarray(values(8))}}
@@ -209,6 +221,8 @@ def test_names_and_metadata_that_cannot_be_stored(tmp_path: Path) -> None:
             store.save(1, {"a": jnp.zeros(1)}, {"step": np.int32(3)})
         with pytest.raises(CheckpointError, match=r"'name'.*no array of numbers"):
             store.save(1, {"name": "text"}, {})
+        with pytest.raises(CheckpointError, match=r"step -1 .*0 or more"):
+            store.save(-1, {"a": jnp.zeros(1)}, {})
         with pytest.raises(CheckpointNotFoundError, match="holds no checkpoint"):
             store.restore({"a": jnp.zeros(1)})
         store.save(1, {"a": jnp.zeros(1)}, {})
