@@ -20,7 +20,7 @@ from mmx_jax.config import (
     hybrid_layers,
 )
 
-STORE = "data/stdlib"
+STORE = "runs/data/stdlib"
 TOKENS = 800_000
 
 
