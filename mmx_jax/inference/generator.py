@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +48,18 @@ def inference_params(config: ModelConfig, params: Mapping[str, Array]) -> dict[s
 @partial(jax.tree_util.register_dataclass, data_fields=("token", "active", "count", "limit", "request"), meta_fields=())
 @dataclass(frozen=True)
 class Rows:
-    """What each slot is doing."""
+    """What each slot is doing; a pytree of arrays [B]."""
 
-    token: Int[Array, " B"]
-    """Newest token: chosen, not yet in the cache."""
-    active: Bool[Array, " B"]
-    count: Int[Array, " B"]
-    """Tokens chosen so far for the request."""
-    limit: Int[Array, " B"]
-    """Tokens to choose at most."""
-    request: Int[Array, " B"]
-    """Index of the prompt that the slot serves."""
+    token: Any
+    """int32: newest token, chosen and not yet in the cache."""
+    active: Any
+    """bool."""
+    count: Any
+    """int32: tokens chosen so far for the request."""
+    limit: Any
+    """int32: tokens to choose at most."""
+    request: Any
+    """int32: index of the prompt that the slot serves."""
 
     @classmethod
     def empty(cls, slots: int) -> "Rows":

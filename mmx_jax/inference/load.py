@@ -27,7 +27,7 @@ class Loaded:
 
     run: RunConfig
     stage: StageConfig
-    """The stage that the checkpoint was written in."""
+    """The stage that the checkpoint was written in; the last one for weights that no training here made."""
     model: ModelConfig
     """The stage's model: with its RoPE base, and with the tokenizer's limits where the configuration sets none."""
     params: dict[str, Array]
@@ -93,8 +93,8 @@ def load_for_inference(folder: str | Path, step: int | None = None) -> Loaded:
     }
     restored = store.restore({"params": shapes}, step, cast=True)
     run: RunConfig = from_dict(restored.metadata["config"])
-    name = restored.metadata["progress"]["stage"]
-    stage = next(stage for stage in run.stages if stage.name == name)
+    name = restored.metadata.get("progress", {}).get("stage")
+    stage = next((stage for stage in run.stages if stage.name == name), run.stages[-1])
     model = run.model if stage.rope_base is None else replace(run.model, rope_base=stage.rope_base)
     return Loaded(run, stage, model, restored.tree["params"], restored.step, restored.metadata, store.folder)
 

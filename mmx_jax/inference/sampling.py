@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.config.checks import at_least, fail
@@ -61,14 +61,14 @@ def trained_ids(config: ModelConfig, params: Mapping[str, Array]) -> Bool[Array,
     return allowed
 
 
-def row_keys(seed: int, request: Int[Array, " B"], count: Int[Array, " B"]) -> PRNGKeyArray:
+def row_keys(seed: int, request: Int[Array, " B"], count: Int[Array, " B"]) -> Key[Array, " B"]:
     """One key for each row, from the seed, the request that the row serves and the tokens it has so far."""
     base = jax.random.key(seed)
     return jax.vmap(lambda r, c: jax.random.fold_in(jax.random.fold_in(base, r), c))(request, count)
 
 
 def sample(
-    logits: Float[Array, "B V"], allowed: Bool[Array, " V"], keys: PRNGKeyArray, config: SamplingConfig
+    logits: Float[Array, "B V"], allowed: Bool[Array, " V"], keys: Key[Array, " B"], config: SamplingConfig
 ) -> Int[Array, " B"]:
     """Chooses one allowed id for each row.
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mmx_jax.config import LIGHTNING, ModelConfig
 from mmx_jax.model.plan import layer_plan
@@ -20,14 +21,19 @@ KEY_VALUE_AXES = (None, None, "batch", None, "kv_heads", None)
 @partial(jax.tree_util.register_dataclass, data_fields=("lengths", "states", "keys", "values"), meta_fields=())
 @dataclass(frozen=True)
 class Cache:
-    """B slots, each with its own number of tokens; arrays are stacked by section and run as the weights are."""
+    """B slots, each with its own number of tokens; arrays are stacked by section and run as the weights are.
 
-    lengths: Int[Array, " B"]
-    """Tokens that each slot holds."""
-    states: dict[str, Float[Array, "G R B N H H"]]
-    """Lightning states [k dim, v dim], fp32, convention (a) of model.md 4.5."""
-    keys: dict[str, Float[Array, "G R B S K H"]]
-    values: dict[str, Float[Array, "G R B S K H"]]
+    A pytree, so leaves may also be shapes or shardings.
+    """
+
+    lengths: Any
+    """int32 [B]: tokens that each slot holds."""
+    states: dict[str, Any]
+    """Lightning states [groups, run length, B, N, H (k dim), H (v dim)], fp32, convention (a) of model.md 4.5."""
+    keys: dict[str, Any]
+    """[groups, run length, B, S, K, H]."""
+    values: dict[str, Any]
+    """[groups, run length, B, S, K, H]."""
 
     @classmethod
     def init(cls, config: ModelConfig, slots: int, max_length: int, kv_dtype: str = "bfloat16") -> "Cache":

@@ -14,8 +14,19 @@ HYBRID = ("lightning",) * 7 + ("softmax",)
 
 def tiny(**changes):
     """D = 24 is not N H = 32; four query heads share two key/value heads; half of each head is rotated."""
-    settings = dict(vocab_size=50, hidden_size=24, layers=HYBRID, num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=4,
-                    ffn_hidden_size=20, num_experts=4, experts_per_token=2, compute_dtype="float32")  # fmt: skip
+    settings = {
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "layers": HYBRID,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "rotary_dim": 4,
+        "ffn_hidden_size": 20,
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "compute_dtype": "float32",
+    }
     return ModelConfig(**(settings | changes))
 
 
