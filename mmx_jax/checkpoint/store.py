@@ -185,8 +185,11 @@ class CheckpointStore:
             logging.error("%s", failure)
             raise failure from error
         if self._primary:
-            for old in self._retention.superseded(steps_on_disk(self.folder)):
-                self._remove(self.folder / step_folder_name(old))
+            try:
+                for old in self._retention.superseded(steps_on_disk(self.folder)):
+                    self._remove(self.folder / step_folder_name(old))
+            except OSError as error:  # the step is saved; tidying up can wait for the next one
+                logging.warning("old checkpoints in %s could not be looked at: %s", self.folder, error)
 
     def _write_error(self, step: int, error: BaseException) -> CheckpointWriteError:
         """The error to raise for a failed save, after giving back the space of what was half written."""
@@ -195,9 +198,18 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(self.folder).free
                 reason += f"; {free / 2**30:.2f} GiB are free: make room or lower keep_last"
+        self._let_helpers_end()
         if self._primary:
             shutil.rmtree(self.folder / (step_folder_name(step) + TEMPORARY_SUFFIX), ignore_errors=True)
         return CheckpointWriteError(self.folder, reason, step)
+
+    def _let_helpers_end(self) -> None:
+        """Waits, after a failed save, for Orbax's own small writers; each call may raise the error of one of them."""
+        for _ in range(8):
+            with contextlib.suppress(Exception):
+                if self._checkpointer is not None:
+                    self._checkpointer.wait_until_finished()
+                return
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk. Raises: CheckpointWriteError when it failed."""
