@@ -120,9 +120,9 @@ class Experts(nnx.Module):
         order, counts, place = _ranks(routing.expert, self.num_experts)
         place = place.reshape(-1, k)
         rows = gather_rows(self.dot.cast(x), order // k, place)
-        gate = grouped_matmul(rows, self.dot.cast(self.gate[...]), counts)
-        up = grouped_matmul(rows, self.dot.cast(self.up[...]), counts)
-        out = grouped_matmul(jax.nn.silu(gate) * up, self.dot.cast(self.down[...]), counts)
+        gate = grouped_matmul(rows, self.dot.weight(self.gate[...]), counts)
+        up = grouped_matmul(rows, self.dot.weight(self.up[...]), counts)
+        out = grouped_matmul(jax.nn.silu(gate) * up, self.dot.weight(self.down[...]), counts)
         return self._combine(out, routing, place, order)
 
     def _with_capacity(

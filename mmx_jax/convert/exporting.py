@@ -1,0 +1,194 @@
+"""A checkpoint as a folder of safetensors that other people's code loads, in the hub or the transformers format."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.convert.errors import ConvertError
+from mmx_jax.convert.hf_config import FORMATS, NATIVE_BLOCK, config_json
+from mmx_jax.convert.importing import DTYPES, PIECE_BYTES, WORKERS
+from mmx_jax.convert.names import decay_buffers
+from mmx_jax.convert.progress import ByteProgress
+from mmx_jax.convert.safetensors import INDEX_FILE, SINGLE_FILE, PlannedTensor, create_file
+from mmx_jax.convert.source import CONFIG_FILE, GENERATION_FILE, copy_tokenizer
+from mmx_jax.convert.stored import StoredWeights
+
+MAX_SHARD = 5 * 10**9
+PATCH_FILE = "minimax_partial_rope.py"
+REMOTE_CODE_NOTE = (
+    "The hub format is run by MiniMax's remote code: copy configuration_minimax_text_01.py and "
+    "modeling_minimax_text_01.py from the released repository beside it and load with trust_remote_code=True."
+)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file to be written."""
+
+    name: str
+    tensors: list[tuple[str, np.dtype, tuple[int, ...]]]
+
+
+def _plan(tensors: list[tuple[str, np.dtype, tuple[int, ...]]], max_shard: int) -> list[_Shard]:
+    """Tensors in order, a new file whenever the next one would make it larger than `max_shard`."""
+    groups: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
+    size = 0
+    for entry in tensors:
+        nbytes = int(np.prod(entry[2], dtype=np.int64)) * entry[1].itemsize
+        if groups[-1] and size + nbytes > max_shard:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += nbytes
+    if len(groups) == 1:
+        return [_Shard(SINGLE_FILE, groups[0])]
+    return [_Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+class _Export:
+    def __init__(self, weights: StoredWeights, form: str, dtype: str | None, max_shard: int):
+        self.weights = weights
+        self.buffers: dict[str, np.ndarray] = {}
+        tensors = []
+        for name, tensor in weights.tensors.items():
+            kind = DTYPES[dtype] if dtype else weights.dtype(name)
+            tensors.append((name, kind, tensor.shape))
+        if form == "transformers":
+            self.buffers = dict(decay_buffers(weights.config, NATIVE_BLOCK))
+            tensors += [(name, value.dtype, value.shape) for name, value in self.buffers.items()]
+        self.shards = _plan(tensors, max_shard)
+        self.nbytes = sum(
+            int(np.prod(shape, dtype=np.int64)) * kind.itemsize for s in self.shards for _, kind, shape in s.tensors
+        )
+
+    def pieces(self, planned: PlannedTensor) -> Iterator[tuple[int, int]]:
+        """Row ranges of a tensor that fit in `PIECE_BYTES` and meet the unit of its parameter."""
+        if planned.name in self.buffers:
+            yield 0, planned.shape[0]
+            return
+        tensor = self.weights.tensors[planned.name]
+        itemsize = max(planned.dtype.itemsize, self.weights.dtype(planned.name).itemsize)
+        rows = tensor.units_per_piece(itemsize, PIECE_BYTES) * tensor.rows_per_unit
+        for start in range(0, planned.shape[0], rows):
+            yield start, start + rows
+
+    def write(self, folder: Path, bar: ByteProgress) -> None:
+        """Writes all shards and, when there is more than one, the index."""
+        weight_map: dict[str, str] = {}
+        with ThreadPoolExecutor(WORKERS, "export") as pool:
+            for shard in self.shards:
+                planned = create_file(folder / shard.name, shard.tensors)
+                handle = os.open(folder / shard.name, os.O_WRONLY)
+                try:
+                    jobs = [(handle, tensor, *rows) for tensor in planned for rows in self.pieces(tensor)]
+                    for nbytes in pool.map(lambda job: self._piece(*job), jobs):
+                        bar.add(nbytes)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+                weight_map |= {tensor.name: shard.name for tensor in planned}
+        if len(self.shards) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+
+    def _piece(self, handle: int, planned: PlannedTensor, start: int, stop: int) -> int:
+        if planned.name in self.buffers:
+            rows = self.buffers[planned.name][start:stop]
+        else:
+            rows = self.weights.read_rows(planned.name, start, stop).astype(planned.dtype, copy=False)
+        data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        position = planned.offset + start * (planned.nbytes // planned.shape[0])
+        done = 0
+        while done < len(data):
+            done += os.pwrite(handle, data[done:], position + done)
+        return len(data)
+
+
+def notes(config: ModelConfig, form: str) -> list[str]:
+    """What a user of an exported folder must know."""
+    if form == "hub":
+        return [REMOTE_CODE_NOTE]
+    if config.rotary_dim == config.head_dim:
+        return []
+    return [
+        f"Stock transformers rotates all {config.head_dim} dims of a head; this model rotates {config.rotary_dim}. Its "
+        f"logits are right only after `import {PATCH_FILE.removesuffix('.py')}; "
+        f"{PATCH_FILE.removesuffix('.py')}.apply()` with the file that is in the folder."
+    ]
+
+
+def export_weights(
+    checkpoint: str | Path,
+    output: str | Path,
+    form: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard: int = MAX_SHARD,
+    tokenizer: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes a step as safetensors with config.json, generation_config.json, tokenizer files and an index.
+
+    Args:
+      checkpoint: workdir, folder of checkpoints, or one step.
+      output: folder to be made; it appears under this name when it is whole.
+      form: "hub" or "transformers".
+      step: which step; None takes the newest.
+      dtype: "bf16", "fp32", or None for the stored dtypes.
+      max_shard: bytes of a file at most (one tensor may be more).
+      tokenizer: folder with tokenizer files; None takes the workdir's.
+      progress: draws a progress bar on a terminal.
+
+    Returns: `output`.
+    Raises: ConvertError and its kinds; CheckpointDamagedError for a chunk that is not what was saved.
+    """
+    if form not in FORMATS:
+        raise ConvertError(f"format {form!r}; known are {', '.join(FORMATS)}")
+    output = Path(output).absolute()
+    if output.exists():
+        raise ConvertError(f"{output} is there already; choose another folder, or remove it")
+    weights = StoredWeights(checkpoint, step)
+    job = _Export(weights, form, dtype, max_shard)
+    kinds = {str(kind) for shard in job.shards for name, kind, _ in shard.tensors if name in weights.tensors}
+    config = config_json(weights.config, form, kinds.pop() if len(kinds) == 1 else "float32")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        with ByteProgress("export", job.nbytes, progress) as bar:
+            job.write(partial, bar)
+        copy_tokenizer(Path(tokenizer) if tokenizer else weights.folder.parent, partial)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        _generation_config(partial / GENERATION_FILE, weights.config)
+        if form == "transformers" and weights.config.rotary_dim != weights.config.head_dim:
+            patch = resources.files("mmx_jax.convert").joinpath("transformers_patch.py").read_text()
+            (partial / PATCH_FILE).write_text(patch)
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConvertError(f"{partial}: the export was not written: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logging.info("exported %.2f GB in %.1f s", job.nbytes / 1e9, bar.seconds)
+    return output
+
+
+def _generation_config(path: Path, config: ModelConfig) -> None:
+    """Where generation ends (INV-42) and which ids it must not choose (INV-41); keys that came with the model stay."""
+    data = json.loads(path.read_text()) if path.is_file() else {}
+    if config.end_of_text_id is not None:
+        data["eos_token_id"] = config.end_of_text_id
+    if config.trained_vocab_size is not None and config.trained_vocab_size < config.vocab_size:
+        data["suppress_tokens"] = list(range(config.trained_vocab_size, config.vocab_size))
+    path.write_text(json.dumps({"use_cache": True} | data, indent=2) + "\n")

@@ -1,0 +1,270 @@
+"""config.json in both published schemas, read and written (model.md 2, INV-05).
+
+A key that decides what is computed must be there: the defaults of other implementations' configuration classes are not
+the model's and are never assumed.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmx_jax.config import LIGHTNING, SOFTMAX, ConfigError, ModelConfig
+from mmx_jax.convert.errors import ConfigSchemaError
+
+HUB_TYPES = ("minimax_text_01", "MiniMaxText01")
+NATIVE_TYPE = "minimax"
+VISION_TYPES = ("minimax_vl_01", "MiniMaxVL01")
+FORMATS = ("hub", "transformers")
+LIGHTNING_NORM_EPS = 1e-6
+"""Fixed in the code of both schemas; no key."""
+NATIVE_BLOCK = 256
+RELEASED_POSITIONS = 10_240_000
+
+# Branch of ours, then the key of the hub schema and of the native one, without _alpha / _alpha_factor.
+BRANCH_KEYS = (
+    ("lightning", "layernorm_linear_attention", "linear_attn"),
+    ("softmax", "layernorm_full_attention", "full_attn"),
+    ("ffn", "layernorm_mlp", "mlp"),
+)
+SIZE_KEYS = (
+    ("vocab_size", "vocab_size"),
+    ("hidden_size", "hidden_size"),
+    ("num_heads", "num_attention_heads"),
+    ("num_kv_heads", "num_key_value_heads"),
+    ("head_dim", "head_dim"),
+    ("ffn_hidden_size", "intermediate_size"),
+    ("num_experts", "num_local_experts"),
+    ("experts_per_token", "num_experts_per_tok"),
+)
+
+
+class _Reader:
+    """Typed access to one JSON object; errors name the file and the key."""
+
+    def __init__(self, data: Mapping[str, Any], where: Path | str):
+        self.data = data
+        self.where = where
+
+    def fail(self, key: str, reason: str) -> ConfigSchemaError:
+        return ConfigSchemaError(self.where, key, reason)
+
+    def need(self, key: str) -> Any:
+        if self.data.get(key) is None:
+            raise self.fail(key, "is missing; it decides what is computed and no default is assumed")
+        return self.data[key]
+
+    def integer(self, key: str) -> int:
+        value = self.need(key)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, f"is {value!r}; it must be an integer")
+        return value
+
+    def number(self, key: str) -> float:
+        return self.as_number(key, self.need(key))
+
+    def as_number(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(key, f"is {value!r}; it must be a finite number")
+        return float(value)
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Checks that a key that may be missing holds the one behaviour that is implemented."""
+        if key in self.data and self.data[key] not in allowed:
+            raise self.fail(key, f"is {self.data[key]!r}; only {' or '.join(map(repr, allowed))} is supported")
+
+
+def _layers(r: _Reader) -> tuple[str, ...]:
+    """Layer kinds from `attn_type_list` (0 lightning, 1 softmax) or `layer_types`, which must agree."""
+    readings = []
+    for key, names in (
+        ("attn_type_list", {0: LIGHTNING, 1: SOFTMAX}),
+        ("layer_types", {"linear_attention": LIGHTNING, "full_attention": SOFTMAX}),
+    ):
+        kinds = r.data.get(key)
+        if kinds is None:
+            continue
+        if not isinstance(kinds, list) or any(not isinstance(k, int | str) or k not in names for k in kinds):
+            raise r.fail(key, f"must be a list of {' and '.join(map(repr, names))}")
+        readings.append(tuple(names[kind] for kind in kinds))
+    if not readings:
+        raise r.fail("attn_type_list", "and layer_types are missing; one must list the kind of every layer")
+    if len(set(readings)) > 1:
+        raise r.fail("attn_type_list", "and layer_types name different layers")
+    if len(readings[0]) != (count := r.integer("num_hidden_layers")):
+        raise r.fail("num_hidden_layers", f"is {count}, but {len(readings[0])} layer kinds are listed")
+    return readings[0]
+
+
+def _rope(r: _Reader, native: bool, head_dim: int) -> tuple[float, int]:
+    """RoPE base and rotary_dim; a native config without rotary_dim rotates all of head_dim, as its own code does."""
+    parameters = r.data.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise r.fail("rope_parameters", "must be an object")
+    r.only("rope_scaling", None)
+    if parameters.get("rope_type", "default") != "default":
+        raise r.fail("rope_parameters", f"rope_type {parameters['rope_type']!r}; only 'default' is supported")
+    bases = [
+        r.as_number("rope_theta", d["rope_theta"]) for d in (r.data, parameters) if d.get("rope_theta") is not None
+    ]
+    if not bases:
+        raise r.fail("rope_theta", "is missing, also from rope_parameters; no default is assumed")
+    if len(set(bases)) > 1:
+        raise r.fail("rope_theta", f"is {bases[0]:g}, but rope_parameters says {bases[1]:g}")
+    dims = [] if r.data.get("rotary_dim") is None else [r.integer("rotary_dim")]
+    for holder in (r.data, parameters):
+        if holder.get("partial_rotary_factor") is not None:
+            dims.append(round(head_dim * r.as_number("partial_rotary_factor", holder["partial_rotary_factor"])))
+    if not dims and not native:
+        raise r.fail("rotary_dim", "is missing; the hub schema must say how many dims of a head are rotated")
+    if len(set(dims)) > 1:
+        raise r.fail("rotary_dim", f"is {dims[0]}, but partial_rotary_factor gives {dims[1]}")
+    return bases[0], dims[0] if dims else head_dim
+
+
+def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+      data: the JSON object, in the hub schema, the transformers schema, or MiniMax-VL-01's (its text part is taken).
+      where: name for error messages.
+
+    Raises: ConfigSchemaError naming the key: missing, impossible, contradicting another one, or not supported.
+    """
+    r = _Reader(data, where)
+    kind = r.need("model_type")
+    if kind in VISION_TYPES:
+        text = r.need("text_config")
+        if not isinstance(text, Mapping):
+            raise r.fail("text_config", "must be an object")
+        return parse_config({"model_type": HUB_TYPES[0]} | dict(text), f"{where}, text_config")
+    native = kind == NATIVE_TYPE
+    if not native and kind not in HUB_TYPES:
+        raise r.fail("model_type", f"is {kind!r}; known are {', '.join((*HUB_TYPES, NATIVE_TYPE, *VISION_TYPES))}")
+    r.only("hidden_act", "silu")
+    r.only("tie_word_embeddings", False)
+    r.only("shared_intermediate_size", 0, [0], None)
+    r.only("attention_dropout", 0, None)
+    r.only("sliding_window", None)
+    if native:
+        r.only("postnorm", True)
+    elif not isinstance(r.need("postnorm"), bool):
+        raise r.fail("postnorm", "must be true or false")
+    sizes: dict[str, Any] = {ours: r.integer(key) for ours, key in SIZE_KEYS if ours != "head_dim"}
+    head_dim = r.integer("head_dim")
+    base, rotary_dim = _rope(r, native, head_dim)
+    scales: dict[str, Any] = {}
+    for branch, hub_key, native_key in BRANCH_KEYS:
+        for factor in ("alpha", "beta"):
+            key = f"{native_key}_{factor}_factor" if native else f"{hub_key}_{factor}"
+            scales[f"{branch}_{factor}"] = r.number(key)
+    try:
+        return ModelConfig(
+            **sizes,
+            **scales,
+            head_dim=head_dim,
+            layers=_layers(r),
+            rope_base=base,
+            rotary_dim=rotary_dim,
+            norm="deepnorm" if native or data["postnorm"] else "prenorm",
+            norm_eps=r.number("rms_norm_eps"),
+            lightning_norm_eps=LIGHTNING_NORM_EPS,
+            aux_loss="hub",
+            aux_loss_coefficient=r.number("router_aux_loss_coef"),
+            end_of_text_id=_first(data.get("eos_token_id")),
+        )
+    except ConfigError as error:
+        raise ConfigSchemaError(where, "config", str(error)) from error
+
+
+def _first(ids: Any) -> int | None:
+    return next(iter(ids), None) if isinstance(ids, list) else ids
+
+
+def _expressible(config: ModelConfig, native: bool) -> None:
+    """Raises ConfigSchemaError for what the published schemas have no key for."""
+    where = "the transformers schema" if native else "the hub schema"
+
+    def check(holds: bool, field: str, reason: str) -> None:
+        if not holds:
+            raise ConfigSchemaError(where, f"ModelConfig.{field} = {getattr(config, field)!r}", reason)
+
+    check(config.num_experts > 0, "num_experts", "a dense FFN has no place in it")
+    check(config.gate_rank is None, "gate_rank", "a low-rank gate has no place in it")
+    check(config.lightning_norm_eps == LIGHTNING_NORM_EPS, "lightning_norm_eps", "its code has 1e-6 fixed")
+    if native:
+        check(config.norm == "deepnorm", "norm", "its code always takes the normed input as residual")
+        check(config.num_heads & (config.num_heads - 1) == 0, "num_heads", "its slopes are for powers of two only")
+
+
+def config_json(config: ModelConfig, form: str, dtype: str = "bfloat16") -> dict[str, Any]:
+    """The config.json of a model.
+
+    Args:
+      config: the model.
+      form: "hub" (MiniMaxText01ForCausalLM, needs MiniMax's remote code) or "transformers" (MiniMaxForCausalLM).
+      dtype: dtype of the weights beside it.
+
+    Raises: ConfigSchemaError for a model that the schema cannot express.
+    """
+    native = form == "transformers"
+    _expressible(config, native)
+    data: dict[str, Any] = {key: getattr(config, ours) for ours, key in SIZE_KEYS}
+    for branch, hub_key, native_key in BRANCH_KEYS:
+        for factor, value in (("alpha", config.alpha(branch)), ("beta", getattr(config, f"{branch}_beta"))):
+            data[f"{native_key}_{factor}_factor" if native else f"{hub_key}_{factor}"] = value
+    data |= {
+        "num_hidden_layers": config.num_layers,
+        "rms_norm_eps": config.norm_eps,
+        "rotary_dim": config.rotary_dim,
+        "max_position_embeddings": RELEASED_POSITIONS,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": config.aux_loss_coefficient if config.aux_loss == "hub" else 0.0,
+        "router_jitter_noise": 0.0,
+        "output_router_logits": False,
+        "postnorm": config.norm == "deepnorm",
+        "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": config.end_of_text_id,
+    }
+    if native:
+        kinds = {LIGHTNING: "linear_attention", SOFTMAX: "full_attention"}
+        data |= {
+            "architectures": ["MiniMaxForCausalLM"],
+            "model_type": NATIVE_TYPE,
+            "layer_types": [kinds[kind] for kind in config.layers],
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+            "block_size": NATIVE_BLOCK,
+            "dtype": dtype,
+        }
+    else:
+        data |= {
+            "architectures": ["MiniMaxText01ForCausalLM"],
+            "model_type": HUB_TYPES[0],
+            "auto_map": {
+                "AutoConfig": "configuration_minimax_text_01.MiniMaxText01Config",
+                "AutoModelForCausalLM": "modeling_minimax_text_01.MiniMaxText01ForCausalLM",
+            },
+            "attn_type_list": [int(kind == SOFTMAX) for kind in config.layers],
+            "rope_theta": config.rope_base,
+            "torch_dtype": dtype,
+        }
+    return dict(sorted(data.items()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: ConfigSchemaError when it is missing or no object."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigSchemaError(path, "file", f"cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigSchemaError(path, "file", "must hold one JSON object")
+    return data
