@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import rich.progress
-from datasketch import MinHash, MinHashLSH
-from jaxtyping import UInt64
+from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 from mmx_jax.config import PrepareConfig
 from mmx_jax.data.readers import ReadReport
@@ -37,7 +36,7 @@ class Signature:
     name: str
     digest: bytes
     """BLAKE2b of roles and text."""
-    minhash: UInt64[np.ndarray, "permutations"] | None
+    minhash: LeanMinHash | None
     """Of the document's shingles of five words; None unless near duplicates are looked for."""
 
 
@@ -75,18 +74,14 @@ def sign_shard(job: ShardJob, *, near: bool) -> list[Signature]:
     signatures = []
     for document in job.documents(ReadReport()):
         digest = hashlib.blake2b(digest_size=16)
-        minhash = _new_minhash() if near else None
+        minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=int) if near else None
         for span in document.spans:
             digest.update(json.dumps(span.role).encode())
             for hashes in _shingles(_hashed(span.chunks, digest)):
                 if minhash is not None:
                     minhash.update_batch(hashes)
-        signatures.append(Signature(document.name, digest.digest(), None if minhash is None else minhash.hashvalues))
+        signatures.append(Signature(document.name, digest.digest(), None if minhash is None else LeanMinHash(minhash)))
     return signatures
-
-
-def _new_minhash() -> MinHash:
-    return MinHash(num_perm=PERMUTATIONS, hashfunc=int)
 
 
 def _hashed(chunks: Iterable[str], digest: Any) -> Iterator[str]:
@@ -129,16 +124,16 @@ def _decide(
 ) -> Iterator[tuple[int, int, dict[str, object]]]:
     """Walks the corpus in order and yields what goes, with the reason."""
     first: dict[bytes, str] = {}
-    kept: dict[str, MinHash] = {}
+    kept: dict[str, LeanMinHash] = {}
     index = MinHashLSH(threshold=config.near_threshold, num_perm=PERMUTATIONS)
     for number, ordinal, signature in ordered:
         name = signature.name
         if "exact" in config.deduplicate and (original := first.setdefault(signature.digest, name)) != name:
             yield number, ordinal, {"removed": name, "kept": original, "kind": "exact"}
             continue
-        if signature.minhash is None:
+        minhash = signature.minhash
+        if minhash is None:
             continue
-        minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=int, hashvalues=signature.minhash)
         candidates = sorted(index.query(minhash), key=lambda other: (-minhash.jaccard(kept[other]), other))
         if candidates and (similarity := minhash.jaccard(kept[candidates[0]])) >= config.near_threshold:
             entry = {"removed": name, "kept": candidates[0], "kind": "near", "similarity": round(similarity, 3)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int64
 
 from mmx_jax.config import DataConfig, SourceConfig
@@ -238,6 +239,8 @@ class RowLoader:
             grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead)
         )
         if workers := self.rows.config.workers:
+            if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags, which only absl programs parse
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
             )

@@ -6,6 +6,7 @@ read in blocks. Bytes that are no UTF-8 become U+FFFD and are counted.
 
 import codecs
 import gzip
+import io
 import json
 import lzma
 import threading
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,12 +88,12 @@ class _Utf8:
         return text
 
 
-def open_bytes(file: InputFile) -> BinaryIO:
+def open_bytes(file: InputFile) -> io.BufferedIOBase:
     """Opens a file for reading, decompressed. dictd's .dz is gzip with an index that gzip readers pass over."""
     if file.compression == "gzip":
-        return cast(BinaryIO, gzip.open(file.path, "rb"))
+        return gzip.open(file.path, "rb")
     if file.compression == "xz":
-        return cast(BinaryIO, lzma.open(file.path, "rb"))
+        return lzma.open(file.path, "rb")
     return open(file.path, "rb")
 
 
@@ -128,7 +129,7 @@ def read_documents(piece: Piece, text_field: str, document_bytes: int | None, re
 
 
 @contextmanager
-def _reading(file: InputFile) -> Iterator[BinaryIO]:
+def _reading(file: InputFile) -> Iterator[io.BufferedIOBase]:
     try:
         with open_bytes(file) as stream:
             yield stream

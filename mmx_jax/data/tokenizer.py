@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -45,7 +46,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = tokenizer.prefix_space and not continuation
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsIndex) -> str:
         """Text that `token` completes; bytes of an unfinished character wait for the next call."""
         data = self._tokenizer.bytes_of(token)
         if self._strip and data:
@@ -92,15 +93,16 @@ class Tokenizer:
         """Digest of the tokenizer file."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
-    def bytes_of(self, token: int) -> bytes:
+    def bytes_of(self, token: SupportsIndex) -> bytes:
         """UTF-8 bytes of one piece.
 
         Raises:
           TokenizerError: the id is outside the vocabulary.
         """
-        if not 0 <= token < len(self._pieces):
-            raise TokenizerError(f"{self.file}: token id {token} is outside 0 .. {len(self._pieces) - 1}")
-        return self._pieces[token]
+        index = token.__index__()
+        if not 0 <= index < len(self._pieces):
+            raise TokenizerError(f"{self.file}: token id {index} is outside 0 .. {len(self._pieces) - 1}")
+        return self._pieces[index]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without end of text.
@@ -135,12 +137,15 @@ class Tokenizer:
     def _run(self, text: str) -> tuple[UInt32[np.ndarray, "n"], int]:
         return np.array(self._encode(text, False), np.uint32), len(text.encode())
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Bytes of the pieces, one after the other."""
-        data = b"".join(self.bytes_of(int(token)) for token in ids)
+        indices = [token.__index__() for token in ids]
+        for extreme in (min(indices), max(indices)) if indices else ():
+            self.bytes_of(extreme)  # raises if it is outside the vocabulary
+        data = b"".join([self._pieces[index] for index in indices])
         return data.removeprefix(b" ") if self.prefix_space else data
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
