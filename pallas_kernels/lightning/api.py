@@ -7,7 +7,7 @@ previous real token starts a segment with an empty state.
 
 import functools
 import importlib
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.lightning import chunked, reference
-from pallas_kernels.lightning.implementation import Implementation, Operation
+from pallas_kernels.lightning.implementation import Operation
 
 _PORTABLE: dict[str, Any] = {"chunked": chunked, "dense": reference.DENSE, "reference": reference.RECURRENCE}
 _ACCELERATED = ("mosaic_gpu", "mosaic_tpu", "triton")
@@ -278,7 +278,9 @@ def _module(name: str) -> Any:
     return _PORTABLE.get(name) or importlib.import_module(f"pallas_kernels.lightning.{name}")
 
 
-def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | None) -> Implementation:
+def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | None) -> Any:
+    """Returns the `Implementation` that runs this call."""
+
     def obstacle(name: str) -> str | None:
         try:
             module = _module(name)
@@ -288,7 +290,7 @@ def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | N
 
     title = f"lightning {operation} of {q.dtype.name}{list(q.shape)}{' packed' if packed else ''}"
     name = dispatch.choose(title, _candidates(), obstacle, fallback="chunked", forced=forced, known=NAMES)
-    return cast(Implementation, _module(name))
+    return _module(name)
 
 
 def _check(function: str, slopes: jax.Array, **tokens: jax.Array) -> None:
