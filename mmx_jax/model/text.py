@@ -138,7 +138,7 @@ class TextModel(nnx.Module):
             return x, (stats, [cached for _, cached in outputs])
 
         x, (stats, entries) = jax.lax.scan(group, x, runs)
-        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats), entries
+        return x, jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), stats), entries
 
     def _aux(self, sections: list[RouterStats]) -> Aux:
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sections)
