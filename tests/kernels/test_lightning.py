@@ -330,11 +330,17 @@ def test_dispatch_fails_closed(caplog: pytest.LogCaptureFixture) -> None:
 def test_errors_name_what_is_wrong() -> None:
     """Wrong shapes, dtypes and names raise with the argument's name and what would be right."""
     x = cases.as_jax(cases.inputs(9))
-    with pytest.raises(ValueError, match="no implementation named 'cuda'; there are"):
-        attention(x.q, x.k, x.v, x.slopes, implementation="cuda")
-    with pytest.raises(ValueError, match="'mosaic_tpu' cannot run this call"):
-        attention(x.q, x.k, x.v, x.slopes, implementation="mosaic_tpu")
-    with pytest.raises(ValueError, match="v must be like q, float32"):
-        attention(x.q, x.k, x.v.astype(jnp.bfloat16), x.slopes)
+    wrong = [
+        ("no implementation named 'cuda'; there are", {"implementation": "cuda"}),
+        ("'mosaic_tpu' cannot run this call", {"implementation": "mosaic_tpu"}),
+        ("v must be like q, float32", {"v": x.v.astype(jnp.bfloat16)}),
+        (r"slopes must be \[N\] = \[4\], got \[3\]", {"slopes": x.slopes[:3]}),
+        (r"segment_ids must be \[B, T\] = \[2, 9\]", {"segment_ids": jnp.ones((2, 8), jnp.int32)}),
+        (r"initial_state must be \[B, N, H, H\]", {"initial_state": x.initial_state[:1]}),
+    ]
+    for message, arguments in wrong:
+        arguments = {"q": x.q, "k": x.k, "v": x.v, "slopes": x.slopes} | arguments
+        with cases.annotations_unchecked(), pytest.raises(ValueError, match=message):
+            lightning.lightning_attention(**arguments)
     with pytest.raises(ValueError, match="state must be"):
         lightning.decode_step(x.q[:, 0], x.k[:, 0], x.v[:, 0], x.initial_state[:1], x.slopes)

@@ -1,0 +1,107 @@
+"""The grouped matmul against a loop over experts in numpy fp64."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul import grouped_matmul, implementations
+from tests.kernels import cases
+
+# XLA's own ragged dot is TPU's default; it runs on a CPU too, and its shapes are tested there.
+NAMES = tuple(dict.fromkeys((*implementations(), *(("ragged_dot",) if jax.default_backend() == "cpu" else ()))))
+
+
+def draw(rows: int, sizes: tuple[int, ...], width: int, hidden: int, dtype=np.float32) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng([rows, len(sizes)])
+    shapes = ((rows, width), (len(sizes), width, hidden), (rows, hidden))
+    return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
+
+
+def definition(x, w, dy, sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Returns y, dx and dw by a loop over experts."""
+    x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for expert, size in enumerate(sizes):
+        own = slice(start, start + size)
+        y[own], dx[own], dw[expert] = x[own] @ w[expert], dy[own] @ w[expert].T, x[own].T @ dy[own]
+        start += size
+    return y, dx, dw
+
+
+@jax.jit(static_argnames="name")
+def results(x, w, dy, sizes, name=None):
+    y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=name), x, w)
+    return y, *pullback(dy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(300, (80, 0, 150, 70)), (37, (0, 5, 20, 0)), (3, (0, 0, 3, 0, 0, 0)), (64, (0, 0)), (130, (130,))],
+)
+def test_forward_and_gradients(name: str, rows: int, sizes: tuple[int, ...]) -> None:
+    """INV-23: uneven and empty experts, one expert with everything, nothing at all, rows beyond the groups."""
+    dtype, width, hidden, limit = (np.float32, 16, 24, 2e-6)
+    if name == "tokamax":
+        dtype, width, hidden, limit = ml_dtypes.bfloat16, 128, 256, 5e-3
+    x, w, dy = draw(rows, sizes, width, hidden, dtype)
+    actual = results(x, w, dy, np.asarray(sizes, np.int32), name)
+    for result, a, b in zip(("y", "dx", "dw"), actual, definition(x, w, dy, sizes)):
+        assert cases.relative(a, b) <= limit, result
+
+
+def test_bf16() -> None:
+    """bf16 rows are added up in fp32: results are off by one rounding."""
+    x, w, dy = draw(512, (100, 300, 112), 64, 32, ml_dtypes.bfloat16)
+    actual = results(x, w, dy, np.asarray((100, 300, 112), np.int32))
+    for a, b in zip(actual, definition(x, w, dy, (100, 300, 112))):
+        assert a.dtype == jnp.bfloat16
+        assert cases.relative(a, b) <= 2e-3
+
+
+@pytest.mark.parametrize("name", implementations())
+def test_rows_beyond_the_groups_are_not_read(name: str) -> None:
+    """Rows of no expert give 0 and get gradient 0, and what they hold reaches nothing: not even NaN."""
+    dtype, width = (ml_dtypes.bfloat16, 128) if name == "tokamax" else (np.float32, 16)
+    x, w, dy = draw(40, (10, 12), width, width, dtype)
+    clean = results(x, w, dy, np.asarray((10, 12), np.int32), name)
+    x[22:] = np.nan
+    dirty = results(x, w, dy, np.asarray((10, 12), np.int32), name)
+    for a, b in zip(clean, dirty):
+        np.testing.assert_array_equal(a, b)
+    assert not np.any(dirty[0][22:])
+    assert not np.any(dirty[1][22:])
+
+
+@hypothesis.given(sizes=st.lists(st.integers(0, 40), min_size=5, max_size=5))
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_group_sizes(sizes: list[int]) -> None:
+    """INV-23: every split of the rows, by one compiled program."""
+    x, w, dy = draw(200, (0,) * 5, 8, 8)
+    for a, b in zip(results(x, w, dy, np.asarray(sizes, np.int32)), definition(x, w, dy, tuple(sizes))):
+        assert cases.relative(a, b) <= 2e-6
+
+
+def test_work_is_not_experts_fold() -> None:
+    """Compiled FLOPs stay within a quarter of the useful ones, for 16 experts as for one."""
+    rows, experts, width = 4096, 16, 64
+    x, w, dy = draw(rows, (rows // experts,) * experts, width, width)
+    compiled = results.lower(x, w, dy, np.full(experts, rows // experts, np.int32)).compile()
+    assert compiled.cost_analysis()["flops"] < 1.25 * 3 * 2 * rows * width * width
+
+
+def test_errors_name_what_is_wrong() -> None:
+    """Arguments that do not fit raise with their shapes."""
+    x, w, _ = draw(8, (4, 4), 4, 6)
+    with (
+        cases.annotations_unchecked(),
+        pytest.raises(ValueError, match=r"must fit, got float32\[8, 4\], float32\[2, 4, 6\] and \[3\]"),
+    ):
+        grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="no implementation named 'cutlass'"):
+        grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(2, jnp.int32), implementation="cutlass")

@@ -1,0 +1,218 @@
+"""Softmax attention over key ranges against its definition in numpy fp64, gradients from each row's full Jacobian."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import softmax
+from pallas_kernels.softmax import chunked
+from tests.kernels import cases
+
+RESULTS = ("o", "lse", "dq", "dk", "dv")
+
+
+def draw(batch: int, queries: int, keys: int, heads: int, key_heads: int, dim: int, dtype=np.float32) -> dict:
+    rng = np.random.default_rng([batch, queries, keys])
+    shapes = {"q": (batch, queries, heads, dim), "k": (batch, keys, key_heads, dim), "v": (batch, keys, key_heads, dim)}
+    shapes |= {"do": shapes["q"], "dlse": (batch, queries, heads)}
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def definition(x: dict, start: np.ndarray, end: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+    """Each row alone: weights over its own keys, gradient by the Jacobian diag(p) - p p^T."""
+    q, k, v, do, dlse = (x[name].astype(np.float64) for name in ("q", "k", "v", "do", "dlse"))
+    group = q.shape[2] // k.shape[2]
+    o, dq, dk, dv = (np.zeros_like(a) for a in (q, q, k, v))
+    lse = np.full(q.shape[:3], -np.inf)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen, g = slice(start[b, t], end[b, t]), n // group
+        if start[b, t] >= end[b, t]:
+            continue
+        scores = scale * k[b, seen, g] @ q[b, t, n]
+        lse[b, t, n] = np.logaddexp.reduce(scores)
+        p = np.exp(scores - lse[b, t, n])
+        o[b, t, n] = p @ v[b, seen, g]
+        ds = (np.diag(p) - np.outer(p, p)) @ (v[b, seen, g] @ do[b, t, n]) + dlse[b, t, n] * p
+        dq[b, t, n] = scale * ds @ k[b, seen, g]
+        dk[b, seen, g] += scale * np.outer(ds, q[b, t, n])
+        dv[b, seen, g] += np.outer(p, do[b, t, n])
+    return dict(zip(RESULTS, (o, lse, dq, dk, dv)))
+
+
+def run(x: dict, start, end, scale: float, implementation: str | None = None) -> dict[str, jax.Array]:
+    @jax.jit
+    def results(x, start, end):
+        def forward(q, k, v):
+            return softmax.softmax_attention(
+                q, k, v, scale=scale, k_start=start, k_end=end, return_lse=True, implementation=implementation
+            )
+
+        (o, lse), pullback = jax.vjp(forward, x["q"], x["k"], x["v"])
+        return o, lse, *pullback((x["do"], x["dlse"].astype(lse.dtype)))
+
+    return dict(zip(RESULTS, results(jax.tree.map(jnp.asarray, x), start, end)))
+
+
+def compare(actual: dict, expected: dict, limit: float) -> None:
+    some = np.isfinite(expected["lse"])
+    np.testing.assert_array_equal(np.isfinite(actual["lse"]), some)
+    for name in RESULTS:
+        a, b = (np.asarray(side[name]).astype(np.float64) for side in (actual, expected))
+        if name == "lse":
+            a, b = a[some], b[some]
+        assert cases.relative(a, b) <= limit, name
+
+
+def ranges(kind: str, batch: int, queries: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Key ranges of every use: packed rows with padding, chunked prefill, decoding, arbitrary windows, nothing."""
+    position = np.arange(queries)
+    rng = np.random.default_rng(queries + keys)
+    if kind == "packed":
+        ids = cases.packed(batch, queries)
+        ids[:, : queries // 8] = 0
+        changed = np.diff(ids, axis=1, prepend=-1) != 0
+        start = np.maximum.accumulate(np.where(changed, position, 0), axis=1)
+        start, end = start, np.where(ids > 0, position + 1, 0)
+    elif kind == "offset":
+        start, end = np.zeros((batch, queries)), np.broadcast_to(keys - queries + position + 1, (batch, queries))
+    elif kind == "windows":
+        start, end = rng.integers(0, keys + 1, size=(2, batch, queries))
+    else:
+        start, end = np.full((2, batch, queries), keys // 2)
+    return np.asarray(start, np.int32), np.asarray(end, np.int32)
+
+
+CASES = [
+    ("packed", 65, 65),
+    ("offset", 20, 130),
+    ("offset", 1, 130),
+    ("windows", 65, 40),
+    ("nothing", 9, 12),
+]
+
+
+@pytest.mark.parametrize("blocks", [None, (16, 24)])
+@pytest.mark.parametrize(("kind", "queries", "keys"), CASES)
+def test_ranges(monkeypatch: pytest.MonkeyPatch, kind: str, queries: int, keys: int, blocks: tuple | None) -> None:
+    """INV-17, INV-21, INV-36: output, log-sum-exp and gradients through both, for one block and for many."""
+    if blocks:
+        monkeypatch.setattr(chunked, "block_lengths", lambda b, t, s, n: (min(blocks[0], t), min(blocks[1], s)))
+    x = draw(3, queries, keys, 4, 2, 8)
+    start, end = ranges(kind, 3, queries, keys)
+    compare(run(x, start, end, 0.3), definition(x, start, end, 0.3), 2e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in softmax.implementations() if n != "cudnn"])
+def test_plain_causal(name: str) -> None:
+    """INV-17: without ranges the mask is causal; the oracle form agrees with the definition as well."""
+    x = draw(2, 33, 33, 4, 1, 8)
+    end = np.broadcast_to(np.arange(1, 34, dtype=np.int32), (2, 33))
+    compare(run(x, None, None, 8**-0.5, name), definition(x, 0 * end, end, 8**-0.5), 2e-6)
+
+
+@pytest.mark.parametrize("name", softmax.implementations())
+def test_bf16(name: str) -> None:
+    """Scores and softmax are fp32: bf16 results are off by the rounding of operands and weights alone."""
+    x = draw(2, 128, 128, 4, 2, 64, ml_dtypes.bfloat16)
+    end = np.broadcast_to(np.arange(1, 129, dtype=np.int32), (2, 128))
+    expected = definition(x | {"dlse": 0 * x["dlse"]}, 0 * end, end, 0.125)
+
+    @jax.jit
+    def results(q, k, v, do):
+        o, pullback = jax.vjp(
+            lambda *tokens: softmax.softmax_attention(*tokens, scale=0.125, implementation=name), q, k, v
+        )
+        return o, *pullback(do)
+
+    actual = dict(zip(("o", "dq", "dk", "dv"), results(*(x[n] for n in ("q", "k", "v", "do")))))
+    for n, value in actual.items():
+        assert value.dtype == jnp.bfloat16
+        assert cases.relative(value, expected[n]) <= 5e-3, n
+
+
+def test_queries_without_keys_have_no_gradient() -> None:
+    """An empty range gives 0, its log-sum-exp is -inf, and NaN or infinite gradients arriving there do no harm."""
+    x = draw(1, 6, 6, 2, 1, 8)
+    end = np.asarray([[1, 2, 0, 4, 0, 6]], np.int32)
+    x["dlse"][0, [2, 4]] = np.nan
+    actual = run(x, 0 * end, end, 0.3)
+    x["dlse"][0, [2, 4]] = 0
+    compare(actual, definition(x, 0 * end, end, 0.3), 2e-6)
+    assert not np.any(actual["o"][0, [2, 4]])
+    assert not np.any(actual["dq"][0, [2, 4]])
+    assert np.all(np.isneginf(actual["lse"][0, [2, 4]]))
+
+
+def test_partial_results_merge() -> None:
+    """INV-39: two parts of the keys merged by their log-sum-exp equal all keys, and so do autodiff's gradients."""
+    x = {name: jnp.asarray(a) for name, a in draw(2, 40, 40, 2, 2, 8).items()}
+    end = jnp.broadcast_to(jnp.arange(1, 41, dtype=jnp.int32), (2, 40))
+
+    def merged(q, k, v):
+        parts = [
+            softmax.softmax_attention(
+                q, k[:, cut], v[:, cut], scale=0.3, k_start=0 * end, k_end=end - cut.start, return_lse=True
+            )
+            for cut in (slice(0, 15), slice(15, 40))
+        ]
+        (first, first_lse), (second, second_lse) = parts
+        share = jax.nn.sigmoid(jnp.where(jnp.isfinite(second_lse), second_lse, -1e9) - first_lse)[..., None]
+        return (1 - share) * first + share * second
+
+    def whole(q, k, v):
+        return softmax.softmax_attention(q, k, v, scale=0.3)
+
+    tokens = (x["q"], x["k"], x["v"])
+
+    @jax.jit(static_argnums=0)
+    def results(function, do):
+        o, pullback = jax.vjp(function, *tokens)
+        return o, *pullback(do)
+
+    for a, b in zip(results(merged, x["do"]), results(whole, x["do"])):
+        assert cases.relative(a, np.asarray(b, np.float64)) <= 2e-6
+
+
+def test_memory_has_no_score_matrix() -> None:
+    """Forward and backward over T = S = 4096 hold far less than one [T, S] array of a head."""
+    x = {name: jnp.asarray(a) for name, a in draw(1, 4096, 4096, 1, 1, 8).items()}
+
+    def loss(q, k, v):
+        return jnp.sum(softmax.softmax_attention(q, k, v, scale=0.3) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x["q"], x["k"], x["v"]).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 4
+
+
+def test_inside_shard_map() -> None:
+    """Batch and heads split over a mesh, replication checked: the same numbers as on one device."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = {name: jnp.asarray(a) for name, a in draw(2, 300, 300, 4, 2, 8).items()}
+
+    def gradients(q, k, v, do):
+        o, pullback = jax.vjp(lambda *x: softmax.softmax_attention(*x, scale=0.3), q, k, v)
+        return o, *pullback(do)
+
+    tokens = jax.sharding.PartitionSpec("data", None, "tensor")
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(tokens,) * 4, out_specs=(tokens,) * 4)
+    arguments = (x["q"], x["k"], x["v"], x["do"])
+    for actual, expected in zip(jax.jit(sharded)(*arguments), jax.jit(gradients)(*arguments)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_what_is_wrong() -> None:
+    """Shapes that do not fit raise with the argument's name."""
+    q, k, v = (jnp.asarray(a) for a in list(draw(1, 4, 6, 4, 2, 8).values())[:3])
+    end = jnp.ones((1, 4), jnp.int32)
+    wrong = [
+        ("without k_start and k_end T and S must agree, got 4 and 6", q, {}),
+        ("k_start and k_end come together", q, {"k_end": end}),
+        ("3 query heads are no multiple of 2 key heads", q[:, :, :3], {"k_start": end, "k_end": end}),
+        (r"k_end must be \[B, T\]", q, {"k_start": end, "k_end": end[:, :2]}),
+        ("'cudnn' cannot run this call: key ranges", q, {"k_start": end, "k_end": end, "implementation": "cudnn"}),
+    ]
+    for message, query, arguments in wrong:
+        with cases.annotations_unchecked(), pytest.raises(ValueError, match=message):
+            softmax.softmax_attention(query, k, v, scale=0.3, **arguments)
