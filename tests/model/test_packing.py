@@ -14,13 +14,20 @@ PARAMS = random_params(CONFIG)
 LENGTHS = (1, 255, 256, 257)
 
 
-def layouts():
-    """The four documents end to end, in a pack with leading and 256-multiple padding, and each in its own row."""
+SHAPE = (4, 1283)
+"""All layouts have this shape, so that one compiled function serves them."""
+
+
+def layout(name):
+    """Segment ids: the four documents end to end, in a pack with leading and 256-multiple padding, or a row each."""
     ids = range(1, len(LENGTHS) + 1)
     tight = [[i for i, n in zip(ids, LENGTHS) for _ in range(n)]]
     padded = [[0] * 3 + [x for i, n in zip(ids, LENGTHS) for x in [i] * n + [0] * (-n % 256)]]
-    apart = [[1] * n + [0] * (max(LENGTHS) - n) for n in LENGTHS]
-    return {"tight": tight, "padded": padded, "apart": apart}
+    apart = [[1] * n for n in LENGTHS]
+    segments = np.zeros(SHAPE, np.int32)
+    for row, content in zip(segments, {"tight": tight, "padded": padded, "apart": apart}[name]):
+        row[: len(content)] = content
+    return segments
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -39,7 +46,7 @@ def scored(config, params, tokens, positions, segments, weights):
 @functools.cache
 def result(name):
     """Hidden states [documents' tokens, D] and gradients of a layout."""
-    _, positions, segments = rows(CONFIG, layouts()[name])
+    _, positions, segments = rows(CONFIG, layout(name))
     real = segments != 0
     rng = np.random.default_rng(0)
     tokens = np.random.default_rng(1).integers(0, 20, segments.shape).astype(np.int32)
@@ -62,7 +69,7 @@ def test_packed_equals_separate(pack):
 
 def test_what_stands_in_padding_does_not_matter():
     """INV-34, INV-36: other tokens in padding change no bit of the real ones."""
-    _, positions, segments = rows(CONFIG, layouts()["padded"])
+    _, positions, segments = rows(CONFIG, layout("padded"))
     tokens = np.random.default_rng(1).integers(0, 20, segments.shape).astype(np.int32)
     other = np.where(segments == 0, 19 - tokens, tokens)
     weights = np.zeros((*segments.shape, 20), np.float32)
@@ -73,7 +80,7 @@ def test_what_stands_in_padding_does_not_matter():
 
 def test_a_later_token_changes_nothing_before_it():
     """INV-17, through both kinds of layers and the experts: not one bit."""
-    _, positions, segments = rows(CONFIG, [[1] * 769])
+    _, positions, segments = rows(CONFIG, np.ones(SHAPE))
     tokens = np.random.default_rng(1).integers(0, 20, segments.shape).astype(np.int32)
     weights = np.zeros((*segments.shape, 20), np.float32)
     changed = tokens.copy()
