@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import asdict, dataclass
-from typing import Self
 
 import numpy as np
 from rich.progress import track
@@ -54,7 +53,7 @@ class HeldOut:
     """Shows a progress bar."""
 
     @classmethod
-    def from_config(cls, run: RunConfig, stage: StageConfig) -> Self:
+    def from_config(cls, run: RunConfig, stage: StageConfig) -> "HeldOut":
         """The held-out parts of a stage's sources, at its sequence length."""
         return cls(
             stores=unique_stores(stage),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from mmx_jax.config import ConfigError, RunConfig, StageConfig
 from mmx_jax.evaluation.model import EvalModel
@@ -33,7 +33,7 @@ class Task(Protocol):
     """Something to measure; holds its settings."""
 
     @classmethod
-    def from_config(cls, run: RunConfig, stage: StageConfig) -> Self:
+    def from_config(cls, run: RunConfig, stage: StageConfig) -> "Task":
         """The task as a run's configuration describes it."""
         ...
 

@@ -1,7 +1,7 @@
 """Where a run is: the Python values that, with parameters and optimizer, make a run resumable."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 from mmx_jax.training.errors import CheckpointRefusedError
 
@@ -26,7 +26,7 @@ class Progress:
     """Updates that were skipped because something was not finite."""
     skipped_in_a_row: int = 0
 
-    def after(self, sequences: int, sequence_length: int) -> Self:
+    def after(self, sequences: int, sequence_length: int) -> "Progress":
         """Progress after one more update on so many rows."""
         return replace(
             self,
@@ -36,7 +36,7 @@ class Progress:
             row=self.row + sequences,
         )
 
-    def counting(self, finite: bool) -> Self:
+    def counting(self, finite: bool) -> "Progress":
         """Progress that knows whether the last update was applied."""
         if finite:
             return replace(self, skipped_in_a_row=0)
@@ -47,7 +47,7 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: dict[str, Any]) -> "Progress":
         """What `to_dict` made.
 
         Raises:

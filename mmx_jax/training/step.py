@@ -57,7 +57,7 @@ def make_train_step(
         gradients, metrics = _averaged(jax.value_and_grad(micro_loss, has_aux=True), trainable, batch, count)
         gradients = jax.lax.with_sharding_constraint(gradients, trainable_part(shardings_of(abstract.params), factors))
         with jax.named_scope("update"):
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
             if stage.optimizer.clip_norm is not None:
                 scale = jnp.minimum(1.0, stage.optimizer.clip_norm / norm)
