@@ -3,7 +3,6 @@
 import threading
 import time
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +27,7 @@ class ByteProgress:
         self._start = time.monotonic()
         self.done = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ByteProgress":
         self._bar.start()
         return self
 

@@ -25,13 +25,15 @@ HEADER_LIMIT = 100_000_000
 """The format's own limit on a header."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
+PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
 FLOATS: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-OTHER_SIZES: Mapping[str, int] = {
+SIZES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in FLOATS.items()} | {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -110,15 +112,14 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad("its header entry must have exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    itemsize = FLOATS[code].itemsize if code in FLOATS else OTHER_SIZES.get(code) if isinstance(code, str) else None
-    if itemsize is None:
+    if not isinstance(code, str) or code not in SIZES:
         raise bad(f"unknown dtype {code!r}")
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_natural, shape)):
         raise bad("its shape must be a list of at most 32 natural numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise bad("data_offsets must be two natural numbers")
     begin, end = offsets
-    size = math.prod(shape) * itemsize
+    size = math.prod(shape) * SIZES[code]
     if not begin <= end <= data_bytes:
         raise bad(f"bytes {begin} to {end} lie outside the {data_bytes} bytes of data; truncated or forged")
     if end - begin != size:
@@ -138,9 +139,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = os.fstat(file.fileno()).st_size
             first = file.read(LENGTH_BYTES)
             length = int.from_bytes(first, "little")
-            if first[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-                raise WeightsFileError(path, "is a pickle, not safetensors; pickles can run code and are never loaded")
             if len(first) < LENGTH_BYTES or length > min(HEADER_LIMIT, size - LENGTH_BYTES):
+                if first[:2] in PICKLE_STARTS:
+                    raise WeightsFileError(path, "is a pickle, not safetensors; pickles can run code: never loaded")
                 reason = f"has {size} bytes, but claims a header of {length}; truncated, or not safetensors"
                 raise WeightsFileError(path, reason)
             raw = file.read(length)

@@ -1,0 +1,178 @@
+"""The model against transformers' own code, made fair (model.md 15.2); goldens from tests/oracle/generate.py."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx_jax.config import LIGHTNING
+from mmx_jax.convert import load_safetensors, parse_config
+from mmx_jax.convert.names import tensor_map
+from mmx_jax.inference import Generator
+from mmx_jax.model import Cache, TextModel, layer_plan, moe, parameter_spec
+from mmx_jax.model.block import Block
+from mmx_jax.model.layout import packed_layout
+from mmx_jax.model.lightning import layer_slopes
+from mmx_jax.model.norm import rms_norm
+from tests.fidelity.common import tiny_weights, write_folder
+from tests.oracle.weights import CASES, FULL_GRADIENTS, PROJECTIONS, direction, tokens_and_mask
+
+GOLDENS = Path(__file__).parents[1] / "oracle" / "goldens"
+TOLERANCE = 1e-4
+SPEC_LINES = pytest.mark.parametrize("name", CASES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    config: object
+    params: dict
+    tokens: jnp.ndarray
+    real: np.ndarray
+    positions: jnp.ndarray
+    golden: dict
+
+
+@functools.cache
+def case(name):
+    """Weights read by our own loader from a folder that the safetensors library wrote."""
+    import tempfile
+
+    about = CASES[name]
+    config = dataclasses.replace(parse_config(about["config"]), compute_dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = tiny_weights(config, about["seed"])
+        params = load_safetensors(write_folder(Path(folder), about["config"], tensors, shards=2), config)
+    tokens, real = tokens_and_mask(about)
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        golden = dict(file)
+    return Case(config, params, jnp.asarray(tokens, jnp.int32), real.astype(np.int32), jnp.asarray(positions), golden)
+
+
+def relative(ours, theirs, real=None):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if real is not None:
+        ours, theirs = ours[real != 0], theirs[real != 0]
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(config, params, tokens, positions, segments, cache=None):
+    model = TextModel(config, params)
+    hidden, _, cache = model.backbone(model.embed(tokens), positions, segments, cache)
+    return model.head(hidden), hidden, cache
+
+
+@SPEC_LINES
+def test_logits(name):
+    c = case(name)
+    logits, hidden, _ = forward(c.config, c.params, c.tokens, c.positions, c.real)
+    assert relative(logits, c.golden["logits"], c.real) < TOLERANCE
+    assert relative(hidden, c.golden["hidden"][-1], c.real) < TOLERANCE
+
+
+@SPEC_LINES
+def test_lightning_states(name):
+    """State after prefill in convention (a), every lightning layer in order (INV-08, INV-34)."""
+    c = case(name)
+    cache = Cache.init(c.config, len(c.tokens), c.tokens.shape[1], "float32")
+    _, _, cache = forward(c.config, c.params, c.tokens, cache.positions(jnp.asarray(c.real)), c.real, cache)
+    golden = c.golden["states"]
+    number = 0
+    for s, section in enumerate(layer_plan(c.config)):
+        for group in range(section.groups):
+            for r, run in enumerate(section.runs):
+                if run.kind != LIGHTNING:
+                    continue
+                for state in cache.states[f"{s}/{r}"][group]:
+                    assert relative(state, golden[number]) < TOLERANCE
+                    number += 1
+    assert number == len(golden) == c.config.layers.count(LIGHTNING)
+
+
+@SPEC_LINES
+def test_hidden_states_and_router_choices_by_layer(name, monkeypatch):
+    """Each layer alone on the output of the layer before; the experts chosen are those of the oracle (INV-22)."""
+    c = case(name)
+    routed = []
+    real_route = moe.route
+    monkeypatch.setattr(moe, "route", lambda *args: routed.append(real_route(*args)) or routed[-1])
+    layout = packed_layout(c.positions, jnp.asarray(c.real), c.config.rotary_dim, c.config.rope_base)
+    slopes = jnp.asarray(layer_slopes(c.config.num_heads, c.config.num_layers))
+    x = TextModel(c.config, c.params).embed(c.tokens)
+    assert relative(x, c.golden["hidden"][0], c.real) < TOLERANCE
+    for layer, kind in enumerate(c.config.layers):
+        x, _, _ = Block(c.config, kind, layer_params(c, layer))(x, slopes[layer], layout, (), train=False)
+        last = layer == c.config.num_layers - 1
+        ours = rms_norm(x, c.params["final_norm"], c.config.norm_eps) if last else x
+        assert relative(ours, c.golden["hidden"][layer + 1], c.real) < TOLERANCE, f"layer {layer}"
+    assert len(routed) == c.config.num_layers
+    for layer, routing in enumerate(routed):
+        logits = np.sort(c.golden["router_logits"][layer], axis=-1)
+        k = c.config.experts_per_token
+        clear = (logits[..., -k] - logits[..., -k - 1] > 1e-4) & (c.real != 0)
+        assert clear.sum() > 0.95 * c.real.sum()
+        ours = np.sort(np.asarray(routing.expert).reshape(*c.real.shape, k), axis=-1)
+        theirs = np.sort(c.golden["router"][layer], axis=-1)
+        np.testing.assert_array_equal(ours[clear], theirs[clear])
+
+
+def layer_params(c, layer):
+    """Weights of one layer, without its stacked axes."""
+    out = {}
+    for path, spec in parameter_spec(c.config).items():
+        for group, members in enumerate(spec.layers):
+            if layer in members:
+                out[path.split("/", 3)[3]] = c.params[path][group, members.index(layer)]
+    return out
+
+
+@SPEC_LINES
+def test_greedy_tokens(name):
+    """32 tokens by prefill and decode equal the oracle's full forward passes (INV-31)."""
+    c = case(name)
+    first = CASES[name]["left_padding"][0]
+    generator = Generator(c.config, c.params, slots=1, prefill_chunk=16, kv_dtype="float32")
+    (ours,) = generator.generate([np.asarray(c.tokens)[0, first:].tolist()], max_new_tokens=32)
+    assert ours == c.golden["greedy"].tolist()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def loss_and_gradients(config, params, tokens, positions, real):
+    def loss(params):
+        model = TextModel(config, params)
+        hidden, _, _ = model.backbone(model.embed(tokens), positions, real)
+        losses = -jnp.take_along_axis(
+            jax.nn.log_softmax(model.head(hidden)), jnp.roll(tokens, -1, axis=1)[..., None], axis=-1
+        )[..., 0]
+        weight = (real * jnp.roll(real, -1, axis=1)).at[:, -1].set(0)
+        return (losses * weight).sum() / weight.sum()
+
+    return jax.value_and_grad(loss)(params)
+
+
+@SPEC_LINES
+def test_gradients(name):
+    """Every gradient element for one case; norm and 16 random projections of every tensor for the others (INV-16)."""
+    c = case(name)
+    loss, grads = loss_and_gradients(c.config, c.params, c.tokens, c.positions, jnp.asarray(c.real))
+    assert relative(loss, c.golden["loss"]) < TOLERANCE
+    grads = {path: np.asarray(value) for path, value in grads.items()}
+    seen = 0
+    for key, tensor in tensor_map(c.config).items():
+        ours = tensor.to_stored(grads[tensor.path][tensor.index])
+        theirs = c.golden[f"grad/{key}"]
+        seen += 1
+        if name == FULL_GRADIENTS:
+            assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max() + 1e-9, key
+            continue
+        wide = ours.astype(np.float64)
+        dots = [(wide * direction(key, ours.shape, n)).sum() for n in range(PROJECTIONS)]
+        # A projection on a random direction is about as large as the norm.
+        assert np.abs(np.array([np.linalg.norm(wide), *dots]) - theirs).max() <= TOLERANCE * theirs[0] + 1e-9, key
+    assert seen == sum(key.startswith("grad/") for key in c.golden)
