@@ -1,5 +1,7 @@
 """Small functions on arrays that several operations share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,6 +22,16 @@ def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """Marks x as varying over every manual mesh axis over which one of the others varies."""
     axes = set().union(*map(_varying_axes, others)) - _varying_axes(x)
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def alike(*arrays: jax.Array | None) -> tuple[Any, ...]:
+    """Marks each array as varying over every manual mesh axis over which one of them varies; None stays None.
+
+    A function with its own backward needs it inside `jax.shard_map`: an argument that is the same on all devices, used
+    with one that is not, receives a gradient of which each device has a part. The mark's own transpose adds them up.
+    """
+    present = [x for x in arrays if x is not None]
+    return tuple(None if x is None else varying_like(x, *present) for x in arrays)
 
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:

@@ -75,12 +75,17 @@ def choose(
         if reason:
             raise ValueError(f"{operation}: implementation {forced!r} cannot run this call: {reason}")
         return forced
+    refusals = []
+    chosen = fallback
     for name in candidates:
         reason = obstacle(name)
         if reason is None:
-            return name
-        _say_once(f"{operation}: {name} cannot run this call ({reason}); {fallback} runs unless a later choice fits")
-    return fallback
+            chosen = name
+            break
+        refusals.append(f"not {name}: {reason}")
+    if refusals:
+        _say_once(f"{operation} runs as {chosen}, {'; '.join(refusals)}")
+    return chosen
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arrays import accumulator
+from pallas_kernels.arrays import accumulator, alike
 from pallas_kernels.grouped_matmul import blocked
 
 NAMES = ("blocked", "dense", "ragged_dot", "tokamax")
@@ -73,7 +73,7 @@ def grouped_matmul(
 
     title = f"grouped_matmul of {x.dtype.name}{list(x.shape)} by {list(w.shape)}"
     name = dispatch.choose(title, _candidates(), obstacle, fallback="blocked", forced=implementation, known=NAMES)
-    return _product(name, x, w, group_sizes)
+    return _product(name, *alike(x, w, group_sizes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arrays import alike
 from pallas_kernels.lightning import chunked, reference
 from pallas_kernels.lightning.implementation import Operation
 
@@ -86,7 +87,7 @@ def lightning_attention(
     _check("lightning_attention", slopes, q=q, k=k, v=v)
     _check_rows("lightning_attention", q, segment_ids, initial_state)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
-    o, state = _attention(implementation, return_state, q, k, v, slopes, ids, initial_state)
+    o, state = _attention(implementation, return_state, *alike(q, k, v, slopes, ids, initial_state))
     return (o, state) if return_state else o
 
 
@@ -197,13 +198,9 @@ def decode_step(
 
 def canonical_segment_ids(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Numbers each row's segments 1, 2, 3 .. in order of appearance; padding stays 0 (implementation.py says why)."""
-    real = segment_ids > 0
-    index = jnp.arange(segment_ids.shape[1])
-    latest = lax.cummax(jnp.where(real, index, -1), axis=1)
-    previous = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
-    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
-    starts = real & ((previous < 0) | (segment_ids != previous_id))
-    return jnp.where(real, jnp.cumsum(starts, axis=1), 0).astype(jnp.int32)
+    previous = _latest(segment_ids, axis=1)
+    starts = (segment_ids > 0) & (segment_ids != previous)
+    return jnp.where(segment_ids > 0, jnp.cumsum(starts, axis=1), 0).astype(jnp.int32)
 
 
 def border_ids(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
@@ -226,11 +223,15 @@ def continuations(first: Int[Array, "W B"], last: Int[Array, "W B"]) -> Bool[Arr
 
     with c the result here and (state, transmission) from `chunk_state`.
     """
-    index = jnp.arange(first.shape[0])[:, None]
-    latest = lax.cummax(jnp.where(last > 0, index, -1), axis=0)
-    previous = jnp.concatenate([jnp.full_like(latest[:1], -1), latest[:-1]], axis=0)
-    arriving = jnp.take_along_axis(last, jnp.maximum(previous, 0), axis=0)
-    return (first <= 0) | (previous < 0) | (first == arriving)
+    arriving = _latest(last, axis=0)
+    return (first <= 0) | (arriving <= 0) | (first == arriving)
+
+
+def _latest(ids: jax.Array, axis: int) -> jax.Array:
+    """Returns for each position the last positive id before it, 0 where there is none."""
+    latest = lax.associative_scan(lambda old, new: jnp.where(new > 0, new, old), ids, axis=axis)
+    shifted = jnp.roll(jnp.maximum(latest, 0), 1, axis=axis)
+    return jnp.where(lax.broadcasted_iota(jnp.int32, ids.shape, axis) > 0, shifted, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

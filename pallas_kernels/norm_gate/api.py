@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays import accumulator, alike
+
 
 def norm_gate(
     x: Float[Array, "B T N H"],
@@ -33,7 +35,7 @@ def norm_gate(
             f"norm_gate: gate_logits must be {list(x.shape)} and weight {list(x.shape[2:])} for x {list(x.shape)}, "
             f"got {list(gate_logits.shape)} and {list(weight.shape)}"
         )
-    return _norm_gate(eps, x, gate_logits, weight)
+    return _norm_gate(eps, *alike(x, gate_logits, weight))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -42,7 +44,7 @@ def _norm_gate(eps: float, x: jax.Array, gate_logits: jax.Array, weight: jax.Arr
 
 
 def _forward(eps: float, x: jax.Array, gate_logits: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(accumulator(x))
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=(2, 3), keepdims=True) + eps)
     gate = jax.nn.sigmoid(gate_logits.astype(wide.dtype))
     normed = (wide * inverse).astype(x.dtype).astype(wide.dtype)

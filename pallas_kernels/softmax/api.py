@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arrays import accumulator, alike
 from pallas_kernels.softmax import chunked
 from pallas_kernels.softmax.chunked import Ranges
 
@@ -87,7 +88,8 @@ def softmax_attention(
     name = dispatch.choose(title, _candidates(), obstacle, fallback="chunked", forced=implementation, known=NAMES)
     if name == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
-    ranges = _ranges(q, k, k_start, k_end)
+    q, k, v, *ends = alike(q, k, v, *_ranges(q, k, k_start, k_end))
+    ranges = Ranges(*ends)
     if name == "dense":
         o, lse = _dense(scale, q, k, v, ranges)
     else:
@@ -146,7 +148,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 def _dense(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges) -> tuple[jax.Array, jax.Array]:
     """The oracle: all scores at once, gradients by autodiff."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = accumulator(q)
     keys, values = (jnp.repeat(x.astype(dtype), q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     position = jnp.arange(k.shape[1])
     visible = (position >= ranges.start[..., None]) & (position < ranges.end[..., None])

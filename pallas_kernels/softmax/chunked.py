@@ -28,14 +28,13 @@ class Ranges(NamedTuple):
 def block_lengths(batch: int, queries: int, keys: int, heads: int) -> tuple[int, int]:
     """Returns the lengths of query and key blocks.
 
-    On a CPU scores stay in the cache; elsewhere blocks are large, since each is a few kernel launches.
+    On a CPU scores stay in the cache; elsewhere blocks are large, since each is a few kernel launches. Even for one
+    query a block of keys is bounded, so that the unused end of a cache is not read.
     """
-    if dispatch.platform() == "cpu":
-        least, scores = 128, (2 << 20) // (4 * batch * heads)
-    else:
-        least, scores = 512, (256 << 20) // (4 * batch * heads)
+    least, most, size = (128, 1024, 2 << 20) if dispatch.platform() == "cpu" else (512, 8192, 256 << 20)
     block = min(queries, least)
-    return block, min(keys, max(least, scores // block // least * least))
+    fitting = size // (4 * batch * heads * block) // least * least
+    return block, min(keys, max(least, min(most, fitting)))
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +56,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges, scale: flo
 
         zeros = jnp.zeros(query.shape, accumulator(q))
         start = (zeros, zeros[..., 0], jnp.full_like(zeros[..., 0], -jnp.inf))
-        carry = tuple(varying_like(x, q, k, v, *ranges) for x in start)
+        carry = tuple(varying_like(x, query) for x in start)
         acc, total, top = _visit_keys(body, carry, Ranges(*seen), k.shape[1], key_block)
         divisor = jnp.where(total > 0, total, 1)
         return None, ((acc / divisor[..., None]).astype(q.dtype), top + jnp.log(divisor))
@@ -104,7 +103,7 @@ def backward(
         dquery, *sums = _visit_keys(body, (dquery, *carry), Ranges(*seen), k.shape[1], key_block)
         return tuple(sums), dquery.astype(q.dtype)
 
-    zeros = tuple(varying_like(jnp.zeros(x.shape, accumulator(x)), q, k, v, do, *ranges) for x in (k, v))
+    zeros = tuple(varying_like(jnp.zeros(x.shape, accumulator(x)), x) for x in (k, v))
     rows = (_grouped(x, k) for x in (q, do, finite[..., None], common[..., None]))
     (dk, dv), dq = lax.scan(step, zeros, _query_blocks((*rows, *ranges), query_block))
     return _joined(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -14,6 +14,8 @@ from tests.kernels import cases
 # XLA's own ragged dot is TPU's default; it runs on a CPU too, and its shapes are tested there.
 NAMES = tuple(dict.fromkeys((*implementations(), *(("ragged_dot",) if jax.default_backend() == "cpu" else ()))))
 
+FRONT, BACK = slice(0, 10), slice(10, 20)
+
 
 def draw(rows: int, sizes: tuple[int, ...], width: int, hidden: int, dtype=np.float32) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng([rows, len(sizes)])
@@ -93,6 +95,23 @@ def test_work_is_not_experts_fold() -> None:
     x, w, dy = draw(rows, (rows // experts,) * experts, width, width)
     compiled = results.lower(x, w, dy, np.full(experts, rows // experts, np.int32)).compile()
     assert compiled.cost_analysis()["flops"] < 1.25 * 3 * 2 * rows * width * width
+
+
+def test_inside_shard_map() -> None:
+    """Rows split over devices that share the weights: the weights' gradient is the sum of all, replication checked."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sizes = np.asarray([[3, 5, 0], [1, 2, 4]], np.int32)
+    x, w, dy = (jnp.asarray(a) for a in draw(20, (0, 0, 0), 8, 8))
+    rows, shared = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def gradients(x, w, dy, sizes):
+        return jax.vjp(lambda x, w: grouped_matmul(x, w, sizes[0]), x, w)[1](dy)
+
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(rows, shared, rows, rows), out_specs=(rows, shared))
+    dx, dw = jax.jit(sharded)(x, w, dy, sizes)
+    halves = [definition(*(np.asarray(a) for a in (x[h], w, dy[h])), tuple(n)) for h, n in zip((FRONT, BACK), sizes)]
+    assert cases.relative(dx, np.concatenate([halves[0][1], halves[1][1]])) <= 2e-6
+    assert cases.relative(dw, halves[0][2] + halves[1][2]) <= 2e-6
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -82,6 +82,22 @@ def test_eps_counts_for_tiny_activations() -> None:
     np.testing.assert_allclose(y, np.full(SHAPE, 2**-0.5), rtol=1e-6)
 
 
+def test_inside_shard_map() -> None:
+    """A weight that all devices share gets the sum of their gradients, replication checked."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    arguments = [jnp.asarray(a, jnp.float32) for a in draw()]
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE), jnp.float32)
+
+    def gradients(x, gate_logits, weight, dy):
+        return jax.vjp(lambda *a: norm_gate(*a, 1e-6), x, gate_logits, weight)[1](dy)
+
+    rows, all_rows = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    specs = (rows, rows, all_rows)
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(*specs, rows), out_specs=specs)
+    for actual, expected in zip(jax.jit(sharded)(*arguments, dy), gradients(*arguments, dy)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_errors_name_what_is_wrong() -> None:
     """A weight of another shape raises with both shapes."""
     x = jnp.zeros(SHAPE)
