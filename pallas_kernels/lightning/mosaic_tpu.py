@@ -35,11 +35,14 @@ _interpreting: ContextVar[bool] = ContextVar("mosaic_tpu_interpreting", default=
 
 
 @contextmanager
-def interpreted(detect_races: bool = True) -> Iterator[None]:
-    """Runs the kernels in Pallas' TPU interpreter, with race detection, so that a CPU can check them."""
+def interpreted() -> Iterator[None]:
+    """Runs the kernels in Pallas' TPU interpreter, as on two cores, so that a CPU can check them.
+
+    A race prints "RACE DETECTED"; memory that nobody wrote reads as NaN.
+    """
     token = _interpreting.set(True)
     try:
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races)):
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
             yield
     finally:
         _interpreting.reset(token)

@@ -36,6 +36,8 @@ def chunk_runs(segment_ids: Int[Array, "B T"], chunk: int) -> ChunkRuns:
     same = ids[:, :, 0] == incoming[:, :, 0]
     modes = jnp.where(uniform, jnp.where(same, PLAIN, FRESH), MIXED)
     run = jnp.where(real, (ids - incoming).astype(jnp.float32), PADDING)
-    age = jnp.cumsum(real.astype(jnp.float32), axis=2)
+    # A product with a triangle, exact in bf16: the TPU compiler takes half a minute over a cumsum of a million tokens.
+    triangle = jnp.triu(jnp.ones((chunk, chunk), jnp.bfloat16))
+    age = jnp.einsum("bcj,ji->bci", real.astype(jnp.bfloat16), triangle, preferred_element_type=jnp.float32)
     runs = jnp.stack([run, age], axis=1).reshape(batch, 2, count * chunk)
     return ChunkRuns(modes.reshape(-1).astype(jnp.int32), runs)
