@@ -6,7 +6,6 @@
 Prints a table for each task and writes <workdir>/evaluations/<step>.<task>.json.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,35 +18,39 @@ from mmx_jax.config import ConfigError, DataConfig, RunConfig, SourceConfig, Sta
 from mmx_jax.config.overrides import fail_with
 from mmx_jax.data import DataError
 from mmx_jax.evaluation import EvalModel, find_tasks, result_table, write_result
+from mmx_jax.inference.flags import define_checkpoint_flags
 from mmx_jax.inference.load import LoadError, load_for_inference
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, its folder of checkpoints, or a single step.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to score; by default the newest good one.")
-_TASKS = flags.DEFINE_string("tasks", "held_out", "Names of tasks, separated by commas.")
-_STORES = flags.DEFINE_list("stores", None, "name=folder of token stores to score instead of the run's own.")
-_SEQUENCE = flags.DEFINE_integer("sequence_length", None, "Longest context; by default training's.", lower_bound=1)
-_MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", None, "Tokens per store; 0 scores all; by default the run's.", lower_bound=0
-)
-_BATCH = flags.DEFINE_integer("batch_size", None, "Rows of a batch; by default the run's.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the result files; by default <workdir>/evaluations.")
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this program."""
+    define_checkpoint_flags(values)
+    flags.DEFINE_string("tasks", "held_out", "Names of tasks, separated by commas.", flag_values=values)
+    flags.DEFINE_list("stores", None, "name=folder of token stores to score, not the run's own.", flag_values=values)
+    flags.DEFINE_string("output", None, "Folder of results; by default <workdir>/evaluations.", flag_values=values)
+    for name, text, least in (
+        ("sequence_length", "Longest context; by default training's.", 1),
+        ("max_tokens", "Tokens per store; 0 scores all; by default the run's.", 0),
+        ("batch_size", "Rows of a batch; by default the run's.", 1),
+    ):
+        flags.DEFINE_integer(name, None, text, lower_bound=least, flag_values=values)
 
 
-def with_flags(run: RunConfig, stage: StageConfig) -> tuple[RunConfig, StageConfig]:
+def with_flags(options: flags.FlagValues, run: RunConfig, stage: StageConfig) -> tuple[RunConfig, StageConfig]:
     """The configuration with what the command line says.
 
     Raises:
       ConfigError: for a store without a name.
     """
     evaluation = run.evaluation
-    if _MAX_TOKENS.value is not None:
-        evaluation = replace(evaluation, max_tokens=_MAX_TOKENS.value or None)
-    if _BATCH.value is not None:
-        evaluation = replace(evaluation, batch_size=_BATCH.value)
-    if _SEQUENCE.value is not None:
-        stage = replace(stage, sequence_length=_SEQUENCE.value)
-    if _STORES.value:
-        pairs = [item.partition("=") for item in _STORES.value]
+    if options.max_tokens is not None:
+        evaluation = replace(evaluation, max_tokens=options.max_tokens or None)
+    if options.batch_size is not None:
+        evaluation = replace(evaluation, batch_size=options.batch_size)
+    if options.sequence_length is not None:
+        stage = replace(stage, sequence_length=options.sequence_length)
+    if options.stores:
+        pairs = [item.partition("=") for item in options.stores]
         if wrong := [name for name, _, folder in pairs if not (name and folder)]:
             raise ConfigError(f"--stores: {wrong[0]!r} must be name=folder, as in books=data/books")
         sources = tuple(SourceConfig(name=name, store=folder) for name, _, folder in pairs)
@@ -55,29 +58,40 @@ def with_flags(run: RunConfig, stage: StageConfig) -> tuple[RunConfig, StageConf
     return replace(run, evaluation=evaluation), stage
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
+def score(options: flags.FlagValues) -> None:
+    """Loads the model, runs the tasks, prints and writes their results."""
+    tasks = find_tasks(options.tasks)
+    if options.checkpoint is None:
+        raise ConfigError("--checkpoint is missing: name a run's workdir, as in --checkpoint runs/quickstart")
+    loaded = load_for_inference(options.checkpoint, options.step)
+    run, stage = with_flags(options, loaded.run, loaded.stage)
+    model = EvalModel(loaded.model, loaded.params)
+    folder = Path(options.output) if options.output else loaded.workdir / "evaluations"
+    console = Console()
+    for task in tasks:
+        result = task.from_config(run, stage).run(model)
+        path = folder / f"{loaded.step:08d}.{result.task}.json"
+        console.print(result_table(result))
+        write_result(result, loaded.summary(), path)
+        console.print(f"written to {path}", soft_wrap=True)
+
+
+def run(options: flags.FlagValues) -> int:
+    """Runs the program with parsed flags; returns its exit code, and ends it when it cannot work."""
     try:
-        if len(argv) > 1:
-            raise ConfigError(f"unexpected argument {argv[1]!r}")
-        tasks = find_tasks(_TASKS.value)
-        if _CHECKPOINT.value is None:
-            raise ConfigError("--checkpoint is missing: name a run's workdir, as in --checkpoint runs/quickstart")
-        loaded = load_for_inference(_CHECKPOINT.value, _STEP.value)
-        run, stage = with_flags(loaded.run, loaded.stage)
-        model = EvalModel(loaded.model, loaded.params)
-        folder = Path(_OUTPUT.value) if _OUTPUT.value else loaded.workdir / "evaluations"
-        console = Console()
-        for task in tasks:
-            result = task.from_config(run, stage).run(model)
-            path = folder / f"{loaded.step:08d}.{result.task}.json"
-            console.print(result_table(result))
-            write_result(result, loaded.summary(), path)
-            console.print(f"written to {path}", soft_wrap=True)
+        score(options)
+        return 0
     except (ConfigError, CheckpointError, DataError, LoadError, OSError) as error:
         return fail_with(error)
-    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point after flags are parsed."""
+    if len(argv) > 1:
+        fail_with(ConfigError(f"unexpected argument {argv[1]!r}"))
+    return run(flags.FLAGS)
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    define_flags(flags.FLAGS)
+    app.run(main)

@@ -148,7 +148,7 @@ def description(run: RunConfig, lengths: tuple[int, ...] = LENGTHS) -> dict[str,
     }  # fmt: skip
 
 
-def readable_bytes(count: float) -> str:
+def readable_bytes(count: float | int) -> str:
     """Bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
@@ -157,7 +157,7 @@ def readable_bytes(count: float) -> str:
     return f"{count:,.1f} TiB" if count < 1024 else f"{count / 1024:,.1f} PiB"
 
 
-def readable_flops(count: float) -> str:
+def readable_flops(count: float | int) -> str:
     """FLOPs with a decimal unit."""
     for unit in ("", "K", "M", "G"):
         if abs(count) < 1000:
@@ -251,24 +251,29 @@ def print_description(facts: dict[str, Any], console: Console) -> None:
         console.print(table)
 
 
-_LENGTHS = flags.DEFINE_list("lengths", [str(n) for n in LENGTHS], "Sequence lengths to cost.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_list("lengths", [str(n) for n in LENGTHS], "Sequence lengths to cost.", flag_values=values)
+    flags.DEFINE_bool("json", False, "Print JSON instead of tables.", flag_values=values)
 
 
 def main(run: RunConfig) -> None:
     """Describes one configuration."""
     try:
-        lengths = tuple(int(text) for text in _LENGTHS.value)
+        lengths = tuple(int(text) for text in flags.FLAGS.lengths)
         if not lengths or min(lengths) < 1:
             raise ValueError
     except ValueError:
-        fail_with(ValueError(f"--lengths={','.join(_LENGTHS.value)}: must be positive whole numbers, as in 8192,65536"))
+        fail_with(
+            ValueError(f"--lengths={','.join(flags.FLAGS.lengths)}: must be positive whole numbers, as in 8192,65536")
+        )
     facts = description(run, lengths)
-    if _JSON.value:
+    if flags.FLAGS.json:
         print(json.dumps(facts, indent=1))
     else:
         print_description(facts, Console())
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     run_with_config(main)

@@ -24,7 +24,7 @@ def result_table(result: TaskResult) -> Table:
     return table
 
 
-def _figure(value: float) -> str:
+def _figure(value: float | int) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"

@@ -8,12 +8,14 @@ One prompt streams to the terminal. A file holds one prompt a line, or objects w
 ends in .jsonl; its prompts run together, and --output collects {"prompt", "continuation"} lines.
 """
 
+import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, runtime_checkable
 
 from absl import app, flags
 
@@ -21,30 +23,47 @@ from mmx_jax.checkpoint import CheckpointError
 from mmx_jax.config import ConfigError
 from mmx_jax.config.overrides import fail_with
 from mmx_jax.data import DataError, Tokenizer
+from mmx_jax.inference.flags import define_checkpoint_flags
 from mmx_jax.inference.generator import Generator
 from mmx_jax.inference.load import LoadError, load_for_inference, with_tokenizer
 from mmx_jax.inference.sampling import SamplingConfig
 
 STREAMED_STEPS = 4
 """Tokens between two looks at a streamed continuation."""
+EXIT_INTERRUPTED = 130
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, its folder of checkpoints, or a single step.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; by default the newest good one.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer; by default the one the model was trained with.")
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
-_PROMPTS = flags.DEFINE_string("prompts_file", None, "File of prompts: a line each, or .jsonl with a field 'prompt'.")
-_OUTPUT = flags.DEFINE_string("output", None, "With --prompts_file: write .jsonl here instead of the terminal.")
-_MAX_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a continuation at most.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 always takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from so many of the likeliest tokens.")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample from the likeliest tokens that reach this probability together.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Sample from tokens at least this share as likely as the likeliest.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
-_SLOTS = flags.DEFINE_integer("slots", 8, "Prompts of a file that are worked on together.", lower_bound=1)
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    text, number, real = (partial(define, flag_values=values)
+                          for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float))  # fmt: skip
+    define_checkpoint_flags(values)
+    text("tokenizer", None, "Tokenizer; by default the one the model was trained with.")
+    text("prompt", None, "Text to continue.")
+    text("prompts_file", None, "File of prompts: a line each, or .jsonl with a field 'prompt'.")
+    text("output", None, "With --prompts_file: write .jsonl here instead of the terminal.")
+    number("max_new_tokens", 256, "Tokens of a continuation at most.", lower_bound=1)
+    real("temperature", 0.8, "0 always takes the likeliest token.")
+    number("top_k", None, "Sample from so many of the likeliest tokens.")
+    real("top_p", 0.95, "Sample from the likeliest tokens that reach this probability together.")
+    real("min_p", 0.0, "Sample from tokens at least this share as likely as the likeliest.")
+    number("seed", 0, "Seed of the samples.")
+    number("slots", 8, "Prompts of a file that are worked on together.", lower_bound=1)
 
 
 class PromptError(ValueError):
     """Prompts that cannot be read."""
+
+
+@runtime_checkable
+class Screen(Protocol):
+    """Where a stream goes: a terminal, or a file."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
 
 
 def read_prompts(path: str) -> list[str]:
@@ -98,7 +117,7 @@ def _printable_rest(character: str) -> str:
 
 
 def stream_to(
-    output: TextIO, generator: Generator, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, limit: int
+    output: Screen, generator: Generator, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, limit: int
 ) -> str:
     """Writes a prompt and its continuation as it comes; returns a line on speed."""
     ids = encode(tokenizer, prompt)
@@ -142,52 +161,67 @@ def continue_all(
     return [tokenizer.decode(output) for output in outputs], speed
 
 
-def _rendered(prompts: Sequence[str], continuations: Sequence[str]) -> Iterator[str]:
-    for prompt, continuation in zip(prompts, continuations):
-        yield json.dumps({"prompt": prompt, "continuation": continuation}, ensure_ascii=False)
+def write_continuations(path: str, prompts: Sequence[str], continuations: Sequence[str]) -> None:
+    """Writes {"prompt", "continuation"} lines.
 
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
-    # A terminal that cannot show a character shows a question mark instead of ending the program.
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    Raises:
+      PromptError: the file cannot be written.
+    """
+    records = ({"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, continuations))
     try:
-        return _run(argv)
+        Path(path).write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    except OSError as error:
+        raise PromptError(f"--output: {path}: {error.strerror}") from error
+
+
+def run(options: flags.FlagValues) -> int:
+    """Runs the command with parsed flags; returns its exit code, and ends the program when it cannot work."""
+    # A terminal that cannot show a character shows a question mark instead of ending the program.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        print(_continue(options), file=sys.stderr)
+        return 0
     except (PromptError, ConfigError, CheckpointError, DataError, LoadError) as error:
         return fail_with(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
-def _run(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise PromptError(f"unexpected argument {argv[1]!r}; the text goes into --prompt")
-    if _CHECKPOINT.value is None:
+def _continue(options: flags.FlagValues) -> str:
+    """Checks what is cheap to check, loads the model, writes continuations; returns the line that ends them."""
+    if options.checkpoint is None:
         raise PromptError("--checkpoint is missing: name a run's workdir, as in --checkpoint runs/quickstart")
-    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+    if (options.prompt is None) == (options.prompts_file is None):
         raise PromptError("give either --prompt or --prompts_file")
-    if _OUTPUT.value is not None and _PROMPTS.value is None:
+    if options.output is not None and options.prompts_file is None:
         raise PromptError("--output goes with --prompts_file")
-    sampling = SamplingConfig(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
-                              min_p=_MIN_P.value, seed=_SEED.value)  # fmt: skip
-    prompts = None if _PROMPTS.value is None else read_prompts(_PROMPTS.value)
-    loaded, tokenizer = with_tokenizer(load_for_inference(_CHECKPOINT.value, _STEP.value), _TOKENIZER.value)
+    sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                              min_p=options.min_p, seed=options.seed)  # fmt: skip
+    prompts = None if options.prompts_file is None else read_prompts(options.prompts_file)
+    loaded, tokenizer = with_tokenizer(load_for_inference(options.checkpoint, options.step), options.tokenizer)
     if prompts is None:
-        assert _PROMPT.value is not None
         generator = Generator(loaded.model, loaded.params, slots=1, decode_steps=STREAMED_STEPS)
-        speed = stream_to(sys.stdout, generator, tokenizer, _PROMPT.value, sampling, _MAX_NEW.value)
+        speed = stream_to(sys.stdout, generator, tokenizer, options.prompt, sampling, options.max_new_tokens)
     else:
-        generator = Generator(loaded.model, loaded.params, slots=_SLOTS.value)
-        continuations, speed = continue_all(generator, tokenizer, prompts, sampling, _MAX_NEW.value)
-        if _OUTPUT.value is None:
+        generator = Generator(loaded.model, loaded.params, slots=options.slots)
+        continuations, speed = continue_all(generator, tokenizer, prompts, sampling, options.max_new_tokens)
+        if options.output is None:
             for prompt, continuation in zip(prompts, continuations):
                 print(printable(f"{prompt}{continuation}"), end="\n\n")
         else:
-            Path(_OUTPUT.value).write_text("\n".join(_rendered(prompts, continuations)) + "\n", "utf-8")
-    print(f"[{loaded.run.name}, step {loaded.step}] {speed}", file=sys.stderr)
-    return 0
+            write_continuations(options.output, prompts, continuations)
+    return f"[{loaded.run.name}, step {loaded.step}] {speed}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point after flags are parsed."""
+    if len(argv) > 1:
+        fail_with(PromptError(f"unexpected argument {argv[1]!r}; the text goes into --prompt"))
+    return run(flags.FLAGS)
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     app.run(main)

@@ -126,7 +126,7 @@ def test_no_decay_rounds_to_one():
 
 
 def test_states_stay_fp32_under_bf16():
-    """INV-15: 600 decode steps add up in the last layer, which hardly decays; a bf16 state would stop growing at 256."""
+    """INV-15: 600 decode steps add up in the last layer, which hardly decays; a bf16 state would stop at 256."""
     config = tiny(layers=("lightning", "lightning"))
     params = random_params(config)
     tokens, positions, segments = rows(config, np.ones((1, 600)))

@@ -1,0 +1,11 @@
+"""Flags of every program that reads a checkpoint."""
+
+from absl import flags
+
+
+def define_checkpoint_flags(values: flags.FlagValues) -> None:
+    """Adds --checkpoint and --step."""
+    flags.DEFINE_string(
+        "checkpoint", None, "Workdir of a run, its folder of checkpoints, or a single step.", flag_values=values
+    )
+    flags.DEFINE_integer("step", None, "Checkpoint to take; by default the newest good one.", flag_values=values)
