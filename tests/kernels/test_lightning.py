@@ -230,9 +230,9 @@ def joined(pieces: tuple[tuple[int, int], ...], arrays: dict) -> dict[str, jax.A
     return dict(zip(RESULTS, (next(tokens), state, *tokens, dstate)))
 
 
-def check_halves(length: int) -> None:
+def check_halves(length: int, slopes: tuple[float, ...] = cases.SLOPES) -> None:
     """Asserts that a row equals its two halves chained by the state, forward and gradient."""
-    x = cases.inputs(length, batch=1)
+    x = cases.inputs(length, batch=1, slopes=slopes)
     whole = run(x)
     front, back = (
         dataclasses.replace(x, **{n: getattr(x, n)[:, part] for n in ("q", "k", "v", "do")})
@@ -255,7 +255,7 @@ def test_halves() -> None:
 @pytest.mark.full
 def test_halves_of_a_million_tokens() -> None:
     """INV-31, INV-50: one call of 1,048,576 tokens equals two of 524,288."""
-    check_halves(1 << 20)
+    check_halves(1 << 20, (0.917, 5e-5))
 
 
 def test_memory_is_linear_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +274,10 @@ def test_memory_is_linear_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
     assert temporaries(16384) < 4.2 * temporaries(4096)
 
 
-def test_large_slopes_stay_finite() -> None:
-    """No exponential of a positive number: a slope at which exp(+slope * C) overflows hundreds of times over."""
-    x = cases.inputs(300, batch=1, slopes=(30.0, 200.0), segment_ids=cases.segments((150, 150)))
+@pytest.mark.parametrize("segment_ids", [None, cases.segments((150, 150))])
+def test_large_slopes_stay_finite(segment_ids: np.ndarray | None) -> None:
+    """No exponential of a positive number: slopes at which exp(+slope * C) overflows hundreds of times over."""
+    x = cases.inputs(300, batch=1, slopes=(30.0, 200.0), segment_ids=segment_ids)
     actual, expected = run(x), cases.recurrence(x)
     for name in ("o", "state", "dq", "dk", "dv"):
         assert cases.relative(actual[name], getattr(expected, name)) <= cases.bound(np.float32), name
