@@ -12,6 +12,7 @@ Exit code: 0 when all is well, 1 when `diff` or `check` find a difference, 2 for
 
 import re
 import sys
+from typing import Any
 
 from absl import app, flags
 from rich.console import Console
@@ -58,7 +59,7 @@ def parse_size(text: str) -> int:
 
 
 def _need(*names: str) -> list[str]:
-    values: list[str] = [FLAGS[name].value for name in names]
+    values: list[Any] = [FLAGS[name].value for name in names]
     if missing := [f"--{name}" for name, value in zip(names, values) if value is None]:
         raise ConvertError(f"needs {' and '.join(missing)}")
     return values

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mmx_jax.config import LIGHTNING, ModelConfig
+from mmx_jax.model.dot import Weight
 from mmx_jax.model.layout import Layout
 from mmx_jax.model.lightning import LightningAttention
 from mmx_jax.model.moe import Experts, RouterStats, SwiGLU
@@ -17,14 +18,14 @@ from mmx_jax.model.softmax import SoftmaxAttention
 LayerCache = tuple[Array, ...]
 
 
-def _part(params: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+def _part(params: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
     return {path.removeprefix(prefix): value for path, value in params.items() if path.startswith(prefix)}
 
 
 class Block(nnx.Module):
     """One layer (or a stack of layers of one kind)."""
 
-    def __init__(self, config: ModelConfig, kind: str, params: Mapping[str, Array]):
+    def __init__(self, config: ModelConfig, kind: str, params: Mapping[str, Weight]):
         self.kind = kind
         self.deepnorm = config.norm == "deepnorm"
         self.eps = config.norm_eps

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.model.dot import DotPolicy
+from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import Layout
 from pallas_kernels.lightning import decode_step, lightning_attention
 from pallas_kernels.norm_gate import norm_gate
@@ -33,7 +33,7 @@ def layer_slopes(num_heads: int, num_layers: int) -> np.ndarray:
 class LightningAttention(nnx.Module):
     """One lightning attention layer (or a stack of them); ignores positions (INV-14)."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Array]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Weight]):
         self.dot = DotPolicy(config.compute_dtype)
         self.norm_eps = config.lightning_norm_eps
         self.qkv = nnx.Param(params["qkv"])

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.model.dot import DotPolicy
+from mmx_jax.model.dot import DotPolicy, Weight
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -83,7 +83,7 @@ def _ranks(
 class Experts(nnx.Module):
     """A mixture of experts (or a stack of such layers)."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Array]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Weight]):
         self.dot = DotPolicy(config.compute_dtype)
         self.num_experts = config.num_experts
         self.experts_per_token = config.experts_per_token
@@ -163,7 +163,7 @@ class Experts(nnx.Module):
 class SwiGLU(nnx.Module):
     """A dense feed-forward layer (or a stack of them)."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Array]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Weight]):
         self.dot = DotPolicy(config.compute_dtype)
         self.gate = nnx.Param(params["gate"])
         self.up = nnx.Param(params["up"])

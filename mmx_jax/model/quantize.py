@@ -24,10 +24,12 @@ LEVELS = 127
 @partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=())
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`values * scale` stands for the weight; `scale` has size 1 along the contracted dimensions."""
+    """`values * scale` stands for the weight. A pytree, so leaves may also be shapes or shardings."""
 
-    values: Int8[Array, "..."]
-    scale: Float[Array, "..."]
+    values: Any
+    """int8, shape of the weight."""
+    scale: Any
+    """fp32, of size 1 along the contracted dimensions."""
 
     def __getitem__(self, key: Any) -> "QuantizedWeight":
         """What indexing does to the weight; only whole stacked entries (and ...) can be taken."""
@@ -69,7 +71,7 @@ def abstract_quantized_params(config: ModelConfig, dtypes: dict[str, Any]) -> di
     for path, spec in parameter_spec(config).items():
         if is_quantizable(spec):
             values = jax.ShapeDtypeStruct(spec.shape, jnp.int8)
-            out[path] = QuantizedWeight(values, jax.ShapeDtypeStruct(scale_shape(spec), jnp.float32))  # type: ignore[arg-type]
+            out[path] = QuantizedWeight(values, jax.ShapeDtypeStruct(scale_shape(spec), jnp.float32))
         else:
             out[path] = jax.ShapeDtypeStruct(spec.shape, dtypes[path])
     return out

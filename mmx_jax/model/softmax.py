@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.model.dot import DotPolicy
+from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import Layout
 from mmx_jax.model.rope import rotate
 from pallas_kernels.softmax import softmax_attention
@@ -27,7 +27,7 @@ def append(
 class SoftmaxAttention(nnx.Module):
     """One softmax attention layer (or a stack of them); query head n reads key/value head n // (N // K) (INV-21)."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Array]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Weight]):
         self.dot = DotPolicy(config.compute_dtype)
         self.scale = config.head_dim**-0.5
         self.query = nnx.Param(params["query"])

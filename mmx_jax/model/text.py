@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from mmx_jax.config import ModelConfig
 from mmx_jax.model.block import Block, LayerCache
 from mmx_jax.model.cache import Cache
-from mmx_jax.model.dot import DotPolicy
+from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import Layout, cached_layout, packed_layout
 from mmx_jax.model.lightning import layer_slopes
 from mmx_jax.model.moe import RouterStats, balance_loss
@@ -46,7 +46,7 @@ REMAT_POLICIES = {
 class TextModel(nnx.Module):
     """A MiniMax-01 shaped language model over a flat dict of parameters (`spec.parameter_spec`)."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Array], *, remat: str = "none"):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Weight], *, remat: str = "none"):
         self.config = config
         self.remat = remat
         self.embedding = nnx.Param(params["embedding"])

@@ -74,10 +74,10 @@ CASES = {
         "tokens": (2, 19),
         "left_padding": (0, 0),
     },
-    # Left padding; two groups of a shorter pattern and a remainder; heads as wide as none of the others.
+    # Left padding; two groups of a shorter pattern; heads as wide as none of the others.
     "padded": {
         "config": native_config(
-            layer_types=["linear_attention", "linear_attention", "full_attention"] * 2 + ["linear_attention"],
+            layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
             head_dim=16,
             rotary_dim=6,
             num_attention_heads=4,
@@ -103,7 +103,7 @@ def weights(names_and_shapes, seed):
         elif "embed_tokens" in name:
             value = rng.normal(size=shape)
         else:
-            value = rng.normal(size=shape) * (3.0 if "block_sparse_moe.gate" in name else 1.4) / np.sqrt(shape[1])
+            value = rng.normal(size=shape) * (2.0 if "block_sparse_moe.gate" in name else 1.0) / np.sqrt(shape[1])
         out[name] = value.astype(np.float32)
     return out
 
