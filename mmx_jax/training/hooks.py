@@ -4,8 +4,9 @@ import json
 import math
 import os
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
@@ -39,7 +40,7 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def open(self, last_update: int) -> None:
         """Keeps the records up to `last_update`, drops the rest, and opens the file to append.
@@ -53,7 +54,7 @@ class JsonLines:
                 replacement = self.path.with_suffix(".tmp")
                 replacement.write_text("".join(_line(record) for record in kept))
                 os.replace(replacement, self.path)
-            self._file = self.path.open("a")
+            self._file = FileIO(self.path, "a")  # (unbuffered: what is not written must not linger)
         except OSError as error:
             raise self._error(error) from error
 
@@ -65,19 +66,17 @@ class JsonLines:
         """
         assert self._file is not None
         try:
-            self._file.write(_line(record))
-            self._file.flush()
+            line = _line(record).encode()
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise self._error(error) from error
 
     def close(self) -> None:
-        """Closes the file; what could not be written was reported when it happened."""
+        """Closes the file."""
         if self._file is not None:
-            file, self._file = self._file, None
-            try:
-                file.close()
-            except OSError as error:
-                raise self._error(error) from error
+            self._file.close()
+            self._file = None
 
     def _error(self, error: OSError) -> WorkdirError:
         return WorkdirError(f"{self.path}: cannot be written: {error.strerror or error}")

@@ -67,7 +67,11 @@ def init_state(
     key: PRNGKeyArray,
 ) -> TrainState:
     """Random parameters and a fresh optimizer, each device making only its own shards."""
-    params = jax.jit(lambda key: init_params(config, key), out_shardings=shardings_of(abstract.params))(key)
+    shardings = shardings_of(abstract.params)
+    # Optimising code that runs once takes XLA's CPU compiler six times as long as just writing it.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    init = jax.jit(lambda key: init_params(config, key), out_shardings=shardings, compiler_options=quick)
+    params = init(key)
     return TrainState(params, init_optimizer(abstract, params, optimizer, factors))
 
 

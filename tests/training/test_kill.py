@@ -40,9 +40,17 @@ def _finish(running: subprocess.Popen, workdir: Path) -> None:
     assert running.wait(TIMEOUT) == 0, Path(f"{workdir}.log").read_text()[-3000:]
 
 
+def _terminate(running: subprocess.Popen, workdir: Path) -> None:
+    """SIGTERM: the process saves at the next step and ends with the code that says so."""
+    _wait_for_update(running, workdir, 1)
+    running.terminate()
+    assert running.wait(TIMEOUT) == 75, Path(f"{workdir}.log").read_text()[-3000:]
+
+
 def _killed_run(config_file: Path, workdir: Path, moments: list[Moment | None]) -> list[Moment | None]:
-    """Kills at each moment in turn (None: between saves), then lets the run end; returns what each kill met."""
+    """Stops politely once, kills at each moment (None: between saves), lets the run end; returns what kills met."""
     met = []
+    _terminate(process.start(config_file, workdir), workdir)
     for number, moment in enumerate(moments):
         running = process.start(config_file, workdir)
         if moment is None:
@@ -68,7 +76,7 @@ def _assert_ends_equal(tiny: RunConfig, folder: Path, moments: list[Moment | Non
 
 
 def test_five_kills_change_nothing(tiny: RunConfig, tmp_path: Path) -> None:
-    """Two kills inside a save, three between; packing, a mixture with changing weights and a batch ramp are on."""
+    """Two kills inside a save, three between, one SIGTERM; packing, a changing mixture and a batch ramp are on."""
     moments = [None, Moment.ARRAYS_WRITTEN, None, Moment.BEFORE_COMMIT, None]
     _assert_ends_equal(tiny, tmp_path, moments, inside=2)
 

@@ -1,0 +1,284 @@
+"""Whole runs in this process: what they leave, how they go on, and what they refuse."""
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mmx_jax.checkpoint import CheckpointStore
+from mmx_jax.config import (
+    BatchConfig,
+    ConfigError,
+    MeshConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    ReportConfig,
+    RunConfig,
+    ScheduleConfig,
+    SchedulePhase,
+    TrainableGroup,
+    from_dict,
+)
+from mmx_jax.data import DataError, TrainingRows
+from mmx_jax.training.errors import CheckpointRefusedError, Interrupted, NonFiniteError, WorkdirError
+from mmx_jax.training.hooks import JsonLines
+from mmx_jax.training.run import run
+from parallel.mesh import MeshError
+from parallel.sharding import ShardingError
+from tests.training import process
+
+LENGTH = 32
+STABLE, DECAY = 8 * 8 * LENGTH, 4 * 8 * LENGTH
+"""Tokens of the two parts of the schedule: 8 and 4 steps of 8 rows."""
+
+
+@pytest.fixture(scope="module")
+def short(tiny: RunConfig) -> RunConfig:
+    """Twelve steps of eight rows over eight devices, the last four in the decay; goes on when it is started again."""
+    phases = (SchedulePhase(until_tokens=STABLE, learning_rate=1e-2),
+              SchedulePhase(until_tokens=STABLE + DECAY, learning_rate=1e-3, shape="linear"))  # fmt: skip
+    stage = replace(
+        tiny.stages[0],
+        batch=BatchConfig(micro_batch=8, ramp=((0, 8),)),
+        schedule=ScheduleConfig(phases=phases, warmup_steps=2),
+    )
+    report = ReportConfig(
+        baselines=True, prompts=("one two",), max_new_tokens=3, continue_finished=True, next_commands=("see {workdir}",)
+    )
+    return replace(tiny, stages=(stage,), mesh=MeshConfig(fsdp=-1), report=report)
+
+
+def _run(config: RunConfig, workdir: Path) -> str:
+    """Runs and returns what it printed."""
+    text = io.StringIO()
+    run(replace(config, workdir=str(workdir)), Console(file=text, width=150))
+    return text.getvalue()
+
+
+def _interrupted(config: RunConfig, workdir: Path, update: int) -> None:
+    """Runs until SIGTERM comes after an update; the run must end by saying so."""
+
+    def send() -> None:
+        while not any(line["update"] >= update for line in process.metrics(workdir)):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    with pytest.raises(Interrupted, match=r"SIGTERM: saved step .* the same command goes on") as stopped:
+        _run(config, workdir)
+    sender.join()
+    assert stopped.value.exit_code == 75
+
+
+@pytest.fixture(scope="module")
+def two_rounds(short: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A workdir after a run and a second start of it, with what both printed."""
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    return workdir, _run(short, workdir), _run(short, workdir)
+
+
+def test_a_run_leaves_figures_curve_and_report(two_rounds: tuple[Path, str, str], short: RunConfig) -> None:
+    workdir, first, _ = two_rounds
+    lines = process.metrics(workdir)[:12]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["tokens"] for line in lines] == [8 * LENGTH * step for step in range(1, 13)]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5, "twelve steps learn something"
+    assert {"aux_loss", "grad_norm", "learning_rate", "drop_rate", "load_balance", "source_loss"} <= set(lines[0])
+    assert len(lines[0]["load_balance_by_layer"]) == short.model.num_layers
+    assert from_dict(json.loads((workdir / "config.json").read_text())).model == short.model
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events*"))
+    evaluation = json.loads((workdir / "evaluations.jsonl").read_text().splitlines()[0])
+    bits = evaluation["held_out"]["all"]["bits_per_byte"]
+    printed = first.splitlines()
+    assert f"held-out bits per byte: {bits:.4f}" in printed
+    for name in ("xz -9", "bigram", "unigram", "loss curve: ", "one two", f"see {workdir}"):
+        assert any(name in line for line in printed[-20:]), f"the report must show {name!r}"
+    assert any("model: vocab_size=320" in line for line in printed), "the resolved configuration is printed"
+
+
+def test_a_finished_run_goes_on_before_the_decay(two_rounds: tuple[Path, str, str]) -> None:
+    """The second start says so, restores step 8, and trains one more budget with a decay as long as the first."""
+    workdir, _, second = two_rounds
+    assert "finished before: going on from checkpoint 8, before the decay, for one more budget" in second
+    lines = process.metrics(workdir)
+    later = [line for line in lines if line["round"] == 2]
+    assert [line["update"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["tokens"] // (8 * LENGTH) for line in later] == list(range(9, 21))
+    rates = [round(line["learning_rate"], 9) for line in later]
+    assert rates[:9] == [0.01] * 9
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert lines[7]["source_loss"].keys() <= {"letters", "numbers"}
+    store = CheckpointStore(workdir / "checkpoints")
+    marks = {step: store.metadata(step)["before_decay"] for step in store.steps()}
+    assert marks[8]
+    assert marks[20], "the start of each decay stays, whatever keep_last says"
+    metadata = store.metadata(24)
+    assert metadata["progress"]["round"] == 2
+    assert metadata["finished"]
+    assert metadata["code_version"]
+
+
+def test_a_finished_run_that_may_not_go_on_says_so(short: RunConfig, two_rounds: tuple[Path, str, str]) -> None:
+    workdir, _, _ = two_rounds
+    before = process.metrics(workdir)
+    said = _run(replace(short, report=ReportConfig()), workdir)
+    assert "nothing is left to train" in said
+    assert process.metrics(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: replace(c, seed=1), "seed was 0, now it is 1"),
+        (lambda c: replace(c, model=replace(c.model, rotary_dim=2)), "model.rotary_dim was 4, now it is 2"),
+        (
+            lambda c: replace(c, stages=(replace(c.stages[0], optimizer=OptimizerConfig(b2=0.99)),)),
+            r"stages.0.optimizer.b2 was 0.95, now it is 0.99",
+        ),
+        (lambda c: replace(c, stages=(replace(c.stages[0], name="other"),)), "of a stage 'pretrain'"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(
+    short: RunConfig, two_rounds: tuple[Path, str, str], change: Callable[[RunConfig], RunConfig], words: str
+) -> None:
+    """The first key that differs is named, and nothing is touched."""
+    workdir, _, _ = two_rounds
+    before = process.metrics(workdir)
+    with pytest.raises(CheckpointRefusedError, match=words):
+        _run(change(short), workdir)
+    assert process.metrics(workdir) == before
+
+
+def test_other_data_is_refused(
+    short: RunConfig, two_rounds: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder with other contents has another fingerprint."""
+    monkeypatch.setattr(TrainingRows, "fingerprint", "another")
+    with pytest.raises(CheckpointRefusedError, match="token stores changed since checkpoint"):
+        _run(short, two_rounds[0])
+
+
+@pytest.fixture(scope="module")
+def staged(short: RunConfig) -> RunConfig:
+    """Two stages: all of the model on 32 tokens, then the head alone on 16, with a fresh optimizer."""
+    first = replace(
+        short.stages[0], schedule=ScheduleConfig(phases=(SchedulePhase(until_tokens=STABLE // 2, learning_rate=1e-2),))
+    )
+    second = replace(
+        first, name="head", sequence_length=16, keep=("params", "step", "data"), rope_base=100.0,
+        trainable=(TrainableGroup(pattern="head"),),
+    )  # fmt: skip
+    return replace(short, stages=(first, second), report=ReportConfig())
+
+
+def test_stages_follow_each_other_and_resume_where_they_were(staged: RunConfig, tmp_path: Path) -> None:
+    """Hand-over keeps what it says; a run stopped in its second stage ends bit-equal to one that was not."""
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    said = _run(staged, calm)
+    assert "stage 'head' after stage 'pretrain', keeping params, step, data" in said
+    _interrupted(staged, stopped, update=7)
+    assert "resuming from checkpoint" in _run(staged, stopped)
+    lines = process.metrics(calm)
+    assert [line["stage"] for line in lines] == ["pretrain"] * 4 + ["head"] * 8
+    assert [line["step"] for line in lines] == list(range(1, 13)), "the step was kept: no second warm-up"
+    assert lines[4]["tokens"] == 8 * 16, "tokens are those of the stage"
+    assert process.metrics(stopped) == lines
+    assert process.arrays(stopped) == process.arrays(calm)
+    progress = CheckpointStore(calm / "checkpoints").metadata(12)["progress"]
+    assert progress["row"] == 2 * 4 * 8 + 8 * 8, "rows of half the length, from the same tokens on"
+
+
+def test_a_stage_starts_from_another_run(staged: RunConfig, two_rounds: tuple[Path, str, str], tmp_path: Path) -> None:
+    """init_from takes parameters and nothing else when keep says so; frozen ones are still those of the other run."""
+    source = two_rounds[0]
+    stage = replace(staged.stages[1], init_from=str(source), keep=("params",))
+    said = _run(replace(staged, stages=(stage,)), tmp_path / "work")
+    assert f"starting from {source}" in said
+    assert process.metrics(tmp_path / "work")[0]["step"] == 1
+    frozen = "params.embedding"
+    theirs = {k.partition("/")[2]: v for k, v in process.arrays(source).items() if frozen in k}
+    ours = {k.partition("/")[2]: v for k, v in process.arrays(tmp_path / "work").items() if frozen in k}
+    assert ours == theirs
+
+
+def test_a_stage_that_keeps_an_optimizer_of_other_parameters_is_refused(staged: RunConfig, tmp_path: Path) -> None:
+    stages = (staged.stages[0], replace(staged.stages[1], keep=("params", "optimizer")))
+    with pytest.raises(ConfigError, match="leave 'optimizer' out of its keep"):
+        _run(replace(staged, stages=stages), tmp_path)
+
+
+def test_a_run_that_blows_up_ends(short: RunConfig, tmp_path: Path) -> None:
+    """Updates that are not finite are skipped and counted; after max_skipped_steps in a row the run ends (code 70)."""
+    stage = replace(
+        short.stages[0],
+        schedule=ScheduleConfig(phases=(SchedulePhase(until_tokens=10**6, learning_rate=1e30),), warmup_steps=0),
+        optimizer=OptimizerConfig(max_skipped_steps=2),
+    )
+    with pytest.raises(NonFiniteError, match=r"not finite in 3 updates in a row, max_skipped_steps is 2") as error:
+        _run(replace(short, stages=(stage,)), tmp_path)
+    assert error.value.exit_code == 70
+    lines = process.metrics(tmp_path)
+    assert [line["skipped"] for line in lines[-3:]] == [1, 2, 3]
+    assert lines[-1]["grad_norm"] is None, "JSON has no NaN"
+
+
+def test_input_that_cannot_work_is_named_before_training(short: RunConfig, tmp_path: Path) -> None:
+    """Missing corpus or store, a vocabulary too small for the tokenizer, sizes that do not divide the mesh."""
+    stage = short.stages[0]
+    missing = PrepareConfig(inputs=(str(tmp_path / "nothing"),), output=str(tmp_path / "store"))
+    source = replace(stage.data.sources[0], store=str(tmp_path / "none"))
+    cases: list[tuple[RunConfig, type[Exception], str]] = [
+        (_with(short, data=replace(stage.data, prepare=(missing,))), DataError, "nothing"),
+        (_with(short, data=replace(stage.data, sources=(source,))), DataError, "no token store here"),
+        (replace(short, model=replace(short.model, vocab_size=256)), DataError, "256"),
+        (replace(short, mesh=MeshConfig(data=3, fsdp=1)), MeshError, "needs 3 devices, there are 8"),
+        (replace(short, mesh=MeshConfig(data=3)), MeshError, "'fsdp' cannot be filled: 8 devices"),
+        (_with(short, batch=BatchConfig(micro_batch=4, ramp=((0, 4),))), ShardingError, "size 4"),
+        (_with(short, trainable=(TrainableGroup(pattern="hed"),)), ConfigError, "'hed' matches no parameter"),
+    ]
+    for number, (config, kind, words) in enumerate(cases):
+        with pytest.raises(kind, match=words):
+            _run(config, tmp_path / f"work{number}")
+
+
+def _with(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, stages=(replace(config.stages[0], **changes),))
+
+
+def test_a_workdir_that_cannot_be_written(short: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file" / "work", Path("/proc/work")):
+        with pytest.raises(WorkdirError, match=f"{workdir}: cannot be written: .*choose another --workdir") as error:
+            _run(short, workdir)
+        assert error.value.exit_code == 74
+
+
+def test_a_disk_that_fills_up_while_logging(tmp_path: Path) -> None:
+    """The line that does not fit ends the run; nothing pretends to have been written."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.open(last_update=0)
+    with pytest.raises(WorkdirError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        file.append({"update": 1})
+    file.close()
+
+
+def test_metrics_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    """Lines after the checkpoint, and a line that a kill cut in half, are gone when the run resumes."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"update": 1, "loss": 2.0}\n{"update": 2, "loss": 1.5}\n{"update": 3, "lo')
+    file = JsonLines(path)
+    file.open(last_update=1)
+    file.append({"update": 2, "loss": float("nan")})
+    file.close()
+    assert path.read_text() == '{"update": 1, "loss": 2.0}\n{"update": 2, "loss": null}\n'
