@@ -122,7 +122,7 @@ def _scan(
     start: State | None,
     *,
     reverse: bool = False,
-) -> tuple[Heads, State]:
+) -> tuple[jax.Array, State]:
     """Runs `triton_kernels.scan_kernel`: see there. Without x only the state is meant, and the output is a scalar."""
     from pallas_kernels.lightning import triton_kernels
 

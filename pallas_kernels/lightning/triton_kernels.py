@@ -4,11 +4,14 @@ One program owns one head of one row and COLUMNS columns of its state, which sta
 chunk to the last. Dots take operands of the input dtype and accumulate in fp32. No exponent is ever positive.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def scan_kernel(
     x,
     y,
@@ -93,6 +96,7 @@ def scan_kernel(
 
 
 @triton.jit
+@no_type_check
 def decode_kernel(
     q,
     k,
