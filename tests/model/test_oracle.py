@@ -51,8 +51,8 @@ class BlockedQkv(Oracle):
         return (fused[..., (part * N + head) * H : (part * N + head + 1) * H] for part in range(3))
 
 
-class ScaledQueries(Oracle):
-    """INV-10: a scale is no scale after the norm; a sum of scores in the denominator is."""
+class Denominator(Oracle):
+    """INV-10: outputs divided by the sum of their scores."""
 
     def recurrence(self, q, k, v, decay, segments):
         out, state = super().recurrence(q, k, v, decay, segments)
@@ -61,7 +61,7 @@ class ScaledQueries(Oracle):
 
 
 class LateDiagonal(Oracle):
-    """INV-07: a token's own key decays once."""
+    """INV-07: keys decay once before they count; the joint norm keeps the heads' different factors visible."""
 
     def recurrence(self, q, k, v, decay, segments):
         out, state = super().recurrence(q, k * decay, v, decay, segments)
@@ -149,7 +149,7 @@ class RawResidual(Oracle):
         return raw
 
 
-BROKEN = [NoActivationOfV, BlockedQkv, ScaledQueries, LateDiagonal, DecayByLightningIndex, NormPerHead, GateBeforeNorm,
+BROKEN = [NoActivationOfV, BlockedQkv, Denominator, LateDiagonal, DecayByLightningIndex, NormPerHead, GateBeforeNorm,
           StateCrossesDocuments, InterleavedPairs, WholeHeadRotated, FrequenciesOfTheWholeHead, KeyHeadsInTurn,
           ScaleOfRotaryDim, GateAndUpSwapped, RawResidual]  # fmt: skip
 
@@ -157,9 +157,6 @@ BROKEN = [NoActivationOfV, BlockedQkv, ScaledQueries, LateDiagonal, DecayByLight
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda rule: rule.__name__)
 def test_a_broken_rule_is_seen(broken):
     """INV-09 to 13, 18, 19, 21, 24, 27, 36: a wrong reading of the specification is at least 1% away."""
-    if broken is LateDiagonal:
-        # One factor on all keys of a head scales the head; the joint norm keeps the ratio between heads, so it is seen.
-        assert len({Oracle(CONFIG, PARAMS).decay(head, 0) for head in range(4)}) == 4
     assert difference(broken) > 1e-2
 
 
