@@ -13,7 +13,7 @@ from pallas_kernels.lightning.implementation import Slopes, Token
 Ref = Any
 
 
-def _rows(slots: Int[Array, " B"], pool: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+def pool_rows(slots: Int[Array, " B"], pool: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Returns per request the pool row its grid step holds in VMEM, and 1 where that row is to be advanced.
 
     A step must hold some row even when its request is ignored. It holds that of its live neighbour: the block then
@@ -73,7 +73,7 @@ def decode_step(
     """
     batch, heads, width = q.shape
     groups = heads // heads_per_step
-    rows, live = (None, None) if slots is None else _rows(slots, state.shape[0])
+    rows, live = (None, None) if slots is None else pool_rows(slots, state.shape[0])
     scalars = {"slopes": slopes.astype(jnp.float32), "rows": rows, "live": live}
     inputs = {name: x.reshape(batch, groups, heads_per_step, width) for name, x in (("q", q), ("k", k), ("v", v))}
     token = pl.BlockSpec((1, 1, heads_per_step, width), lambda g, b, _: (b, g, 0, 0))

@@ -17,7 +17,8 @@ import triton.backends.nvidia.compiler as triton_nvidia
 
 from pallas_kernels import dispatch
 from pallas_kernels.lightning import lightning_attention, triton
-from tests.kernels.token_oracle import Case, calls, decode_expected, expected, relative
+from tests.kernels.cases import relative
+from tests.kernels.kernel_calls import Case, calls, decode_expected, expected
 
 # Relative L2. fp32 runs at full precision. bf16 rounds scores, decayed keys and copies of the state, and where a GPU
 # rounds to nearest the interpreter cuts off: twice the error.
@@ -58,7 +59,7 @@ def decode_arguments(slots: list[int] | None) -> tuple[Any, ...]:
 def interpreted() -> list[Any]:
     """Results of every interpreted call of this file, in order, from one process of its own."""
     jobs = [
-        (function, arguments) for case, width in CASES for function, arguments, _ in calls(case, case.tensors(width))
+        (function, arguments) for case, width in CASES for function, arguments, _ in calls(case, case.inputs(width))
     ]
     jobs += [("decode_step", decode_arguments(slots)) for slots in DECODE_SLOTS]
     done = subprocess.run(
@@ -75,9 +76,9 @@ def interpreted() -> list[Any]:
 def test_kernels_equal_the_recurrence(index: int, interpreted: list[Any]) -> None:
     """INV-06, INV-07, INV-16, INV-36, and the hooks of INV-37."""
     case, width = CASES[index]
-    tensors = case.tensors(width)
-    wanted = expected(case, tensors)
-    for (_, _, names), results in zip(calls(case, tensors), interpreted[4 * index : 4 * index + 4], strict=True):
+    drawn = case.inputs(width)
+    wanted = expected(case, drawn)
+    for (_, _, names), results in zip(calls(case, drawn), interpreted[4 * index : 4 * index + 4], strict=True):
         for name, result in zip(names, jax.tree.leaves(results), strict=True):
             assert relative(result, wanted[name]) < LIMITS[case.dtype], name
 
