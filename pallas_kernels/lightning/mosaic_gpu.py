@@ -4,9 +4,13 @@ Every operation is a `scan` with the operands in other places (spec: the backwar
 
     o = scan(q, k, v),   dq = scan(do, v, k),   dk = descending scan(v, do, q),   dv = descending scan(k, q, do).
 
-With few heads the sequence is cut into pieces so that the multiprocessors are full: a first launch takes each piece's own
-state, and each CTA of the second one sums those of the pieces before it.
+Jobs may share a launch. With few heads the sequence is cut into pieces so that the multiprocessors are full: a first
+launch takes each piece's own state, and each CTA of the second one sums those of the pieces before it. Which jobs
+share, how wide a CTA is and how many pieces there are follows from the measured time of a step.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +20,17 @@ from pallas_kernels.lightning import mosaic_gpu_segments
 from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State
 from pallas_kernels.lightning.mosaic_gpu_scan import HEAD_DIM, Job, Plan, Tuning, scan
 
-MULTIPROCESSORS = 132
-# Below this many chunks a piece does not pay for the launch that takes its state.
-CHUNKS_PER_PIECE = 8
+HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 152, 32), terms=2)
+# A second term does not fit the registers of a whole-width state warpgroup: not where a returned state needs it.
+WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(240, 224, 40), terms=1)
+STATE = Tuning(tile=64, stages=4, outputs=0, terms=2)
 
-HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 152, 32))
-WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(240, 224, 40))
-STATE = Tuning(tile=64, stages=4, outputs=0)
+MULTIPROCESSORS = 132
+# Microseconds on an H100 with all multiprocessors busy: of a step of a CTA, of a launch, of adding a piece's state.
+STEP = {HALF: 1.45, WHOLE: 2.2, STATE: 1.0}
+LAUNCH = 4.0
+ADD_PIECE = 1.0
+MOST_PIECES = 16
 
 # Positions of q, k, v, do among the operands.
 _Q, _K, _V, _DO = range(4)
@@ -56,9 +64,10 @@ def forward(
     initial_state: State | None,
 ) -> tuple[Heads, State]:
     """Runs lightning attention; see `implementation.Implementation`."""
-    initial = None if initial_state is None else _transposed(initial_state)[None]
-    (o,), state = _run((FORWARD,), HALF, [q, k, v], slopes, segment_ids, initial)
-    return o, _transposed(state[0])
+    initial = {} if initial_state is None else {FORWARD: _transposed(initial_state)}
+    results = _run([[(FORWARD,)]], [HALF], [q, k, v], slopes, segment_ids, initial)
+    o, state = results[FORWARD]
+    return o, _transposed(state)
 
 
 def backward(
@@ -72,13 +81,14 @@ def backward(
     dstate: State | None,
 ) -> tuple[Heads, Heads, Heads, State]:
     """Runs the gradients of lightning attention; see `implementation.Implementation`."""
-    operands = [q, k, v, do]
-    # A scan's state is (c dim, b dim): of dq (k, v), of dk (q or key dim, value dim), of dv (value dim, key dim).
-    ascending = None if initial_state is None else initial_state[None]
-    descending = None if dstate is None else jnp.stack([dstate, _transposed(dstate)])
-    (dk, dv), states = _run((DK, DV), WHOLE, operands, slopes, segment_ids, descending)
-    (dq,), _ = _run((DQ,), HALF, operands, slopes, segment_ids, ascending)
-    return dq, dk, dv, states[0]
+    # A job's state is indexed (c dim, b dim): that of dq (key, value), of dk (key, value), of dv (value, key).
+    initial = {} if initial_state is None else {DQ: initial_state}
+    if dstate is not None:
+        initial |= {DK: dstate, DV: _transposed(dstate)}
+    groupings: list[list[tuple[Job, ...]]] = [[(DK, DV, DQ)], [(DK, DV), (DQ,)]]
+    tunings = [HALF, WHOLE] if initial_state is None else [HALF]
+    results = _run(groupings, tunings, [q, k, v, do], slopes, segment_ids, initial)
+    return results[DQ][0], results[DK][0], results[DV][0], results[DK][1]
 
 
 def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | None, reverse: bool) -> State:
@@ -86,10 +96,10 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
     # Indexed (c dim, b dim), the state of b = v and c = k needs no transpose.
     job = Job(0, 1, 0, descending=reverse)
     batch, length, heads, _ = k.shape
-    pieces = _pieces(batch * heads * (HEAD_DIM // STATE.tile), length)
+    chunks = -(-length // STATE.chunk)
+    pieces = min(range(1, MOST_PIECES + 1), key=lambda p: _cost(Plan((job,), p, STATE), batch * heads, chunks))
     operands, description = _prepare([k, v], segment_ids, STATE)
     _, (states,) = scan(Plan((job,), pieces, STATE), operands, slopes, length=length, description=description)
-    chunks = -(-length // STATE.chunk)
     per_piece = -(-chunks // pieces)
     total = jnp.zeros_like(states[:, :, 0])
     for piece in reversed(range(pieces)) if reverse else range(pieces):
@@ -108,8 +118,8 @@ def _transposed(state: jax.Array) -> jax.Array:
 
 
 def _prepare(
-    operands: list[Heads], segment_ids: SegmentIds | None, tuning: Tuning
-) -> tuple[list[Heads], jax.Array | None]:
+    operands: list[jax.Array], segment_ids: SegmentIds | None, tuning: Tuning
+) -> tuple[list[jax.Array], jax.Array | None]:
     """Pads to the 8 tokens that a shared-memory tile needs, and describes the segments."""
     padding = -operands[0].shape[1] % 8
     if padding:
@@ -118,38 +128,61 @@ def _prepare(
     return operands, description
 
 
-def _pieces(ctas: int, length: int) -> int:
-    """Into how many pieces to cut sequences so that `ctas` CTAs a piece fill the multiprocessors once."""
-    chunks = -(-length // STATE.chunk)
-    pieces = max(1, min(MULTIPROCESSORS // ctas, chunks // CHUNKS_PER_PIECE))
-    return -(-chunks // -(-chunks // pieces))  # no piece is empty
+def _cost(plan: Plan, rows: int, chunks: int) -> float:
+    """Estimates the microseconds of a plan over `rows` heads of all sequences, its state launch included."""
+    steps = -(-chunks // plan.pieces)
+    if steps * (plan.pieces - 1) >= chunks:
+        return float("inf")  # a piece would be empty
+    ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
+    time = -(-ctas // MULTIPROCESSORS) * steps * STEP[plan.tuning] + LAUNCH + ADD_PIECE * (plan.pieces - 1)
+    if plan.pieces > 1 and plan.tuning.outputs:
+        time += _cost(Plan(plan.jobs, plan.pieces, STATE), rows, chunks)
+    return time
+
+
+def _plans(
+    groupings: Sequence[Sequence[tuple[Job, ...]]], tunings: Sequence[Tuning], rows: int, chunks: int
+) -> list[Plan]:
+    """Chooses the launches that are estimated to take the shortest time, among the ways to group the jobs."""
+
+    def best(jobs: tuple[Job, ...]) -> Plan:
+        options = itertools.product(range(1, MOST_PIECES + 1), tunings)
+        return min((Plan(jobs, pieces, tuning) for pieces, tuning in options), key=lambda p: _cost(p, rows, chunks))
+
+    choices = [[best(jobs) for jobs in grouping] for grouping in groupings]
+    return min(choices, key=lambda plans: sum(_cost(plan, rows, chunks) for plan in plans))
 
 
 def _run(
-    jobs: tuple[Job, ...],
-    tuning: Tuning,
+    groupings: Sequence[Sequence[tuple[Job, ...]]],
+    tunings: Sequence[Tuning],
     operands: list[Heads],
     slopes: Slopes,
     segment_ids: SegmentIds | None,
-    initial: jax.Array | None,
-    pieces: int | None = None,
-) -> tuple[list[Heads], jax.Array]:
-    """Runs jobs over the whole sequence, cut into pieces when there are too few heads to fill the device."""
-    batch, length, heads, _ = operands[0].shape
-    operands, description = _prepare(operands, segment_ids, tuning)
-    if pieces is None:
-        pieces = _pieces(batch * heads * len(jobs) * (HEAD_DIM // tuning.tile), length)
-    piece_states = None
-    if pieces > 1:
-        states = Plan(jobs, pieces, STATE)
-        _, piece_states = scan(states, operands, slopes, length=length, description=description)
-    outs, state = scan(
-        Plan(jobs, pieces, tuning),
-        operands,
-        slopes,
-        length=length,
-        description=description,
-        initial=initial,
-        piece_states=piece_states,
-    )
-    return [out[:, :length] for out in outs], state
+    initial: dict[Job, jax.Array],
+) -> dict[Job, tuple[Heads, State]]:
+    """Runs jobs over whole sequences; returns each one's output and the state it ends with, (c dim, b dim)."""
+    batch, length, heads, dim = operands[0].shape
+    operands, description = _prepare(operands, segment_ids, HALF)
+    results = {}
+    for plan in _plans(groupings, tunings, batch * heads, -(-length // HALF.chunk)):
+        piece_states = None
+        if plan.pieces > 1:
+            states_only = Plan(plan.jobs, plan.pieces, STATE)
+            _, piece_states = scan(states_only, operands, slopes, length=length, description=description)
+        start = None
+        if any(job in initial for job in plan.jobs):
+            zeros = jnp.zeros((batch, heads, dim, dim), jnp.float32)
+            start = jnp.stack([initial.get(job, zeros) for job in plan.jobs])
+        outs, states = scan(
+            plan,
+            operands,
+            slopes,
+            length=length,
+            description=description,
+            initial=start,
+            piece_states=piece_states,
+        )
+        for job, out, state in zip(plan.jobs, outs, states):
+            results[job] = (out[:, :length], state)
+    return results

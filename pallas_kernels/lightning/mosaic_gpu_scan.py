@@ -1,8 +1,8 @@
 """The one Hopper kernel behind lightning attention: a decayed scan over chunks with the state on chip.
 
-A job is `out_i = sum_j lambda^|i-j| (a_i . b_j) c_j` over j <= i (j >= i when it descends), which with the operands in
-different places is the forward and each of the three gradients. A CTA scans one head of one job, for `tile` columns of c
-and for one piece of the sequence, and runs as warpgroups:
+A job is `out_i = sum_j lambda^|i-j| (a_i . b_j) c_j` over j <= i (j >= i when it descends), which with the operands
+in different places is the forward and each of the three gradients. A CTA scans one head of one job, for `tile` columns
+of c and for one piece of the sequence, and runs as warpgroups:
 
 - the loader streams chunks of a, b and c into a ring of shared-memory stages (TMA; the arrays stay [B, T, N, H]);
 - the state warpgroup keeps S^T [tile, H] in fp32 registers, publishes in bf16 the state entering each chunk, and adds
@@ -97,12 +97,12 @@ def scan(
         length: tokens that count; those past it are zeros.
         description: what `mosaic_gpu_segments.describe` says of packed rows; None when all tokens are of one segment.
         initial: [J, B, N, 128, 128] fp32 state entering each job's scan, indexed (c dim, b dim); None for zeros.
-        piece_states: [J, B, N, P, 128, 128] fp32, the state that each piece leaves behind on its own, as a launch without
-            output warpgroups returns it; needed when such a launch precedes one with several pieces.
+        piece_states: [J, B, N, P, 128, 128] fp32, the state that each piece leaves behind on its own, as a launch
+            without output warpgroups returns it; needed by a launch with output warpgroups and several pieces.
 
     Returns:
-        One [B, T, N, 128] array per job (none without output warpgroups), and the fp32 states: [J, B, N, 128, 128] after
-        each job's scan, or without output warpgroups those that the pieces leave, laid out like `piece_states`.
+        One [B, T, N, 128] array per job (none without output warpgroups), and the fp32 states: [J, B, N, 128, 128]
+        after each job's scan, or without output warpgroups those that the pieces leave, laid out like `piece_states`.
 
     Raises:
         ValueError: some piece would be empty.

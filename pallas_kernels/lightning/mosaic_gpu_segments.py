@@ -38,8 +38,8 @@ def describe(segment_ids: Int[Array, "B T"], chunk: int) -> Int[Array, "B chunks
 
     Returns:
         [B, chunks, C + FACTS] int32: an entry per token, then the facts. A token's entry is its age, the real tokens of
-        the chunk up to and including it, plus `AGES` times its place: 0 for padding, 1 for the segment that an ascending
-        state enters with, 2 for the next.
+        the chunk up to and including it, plus `AGES` times its place: 0 for padding, 1 for the segment that an
+        ascending state enters with, 2 for the next.
     """
     batch, length = segment_ids.shape
     chunks = -(-length // chunk)

@@ -6,7 +6,7 @@ On a GPU the parametrised tests of `test_lightning.py` run the compiled kernels.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning import mosaic_gpu
+from pallas_kernels.lightning import mosaic_gpu, mosaic_gpu_segments
+from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, WHOLE
+from pallas_kernels.lightning.mosaic_gpu_scan import Plan
 from tests.kernels import cases
 
-SLOPES = {"fast and slow": (0.917, 0.0039), "middle and slowest": (0.1, 5e-5)}
+BF16 = ml_dtypes.bfloat16
+FAST_AND_SLOW = (0.917, 0.0039)
+MIDDLE_AND_SLOWEST = (0.1, 5e-5)
+
+Choose = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +35,19 @@ def interpreted(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
+    """Sets the plans of the backward and the pieces of the forward, in place of those that would be fastest."""
+
+    def set_plans(*backward: Plan, pieces: int = 1) -> None:
+        def plans(groupings: list, *_: object) -> list[Plan]:
+            return [Plan((FORWARD,), pieces, HALF)] if groupings == [[(FORWARD,)]] else list(backward)
+
+        monkeypatch.setattr(mosaic_gpu, "_plans", plans)
+
+    return set_plans
 
 
 def check(x: cases.Inputs, *, states: bool) -> None:
@@ -42,71 +61,77 @@ def check(x: cases.Inputs, *, states: bool) -> None:
     dq, dk, dv, dinitial = jax.jit(mosaic_gpu.backward)(
         given.q, given.k, given.v, given.slopes, given.segment_ids, initial, given.do, dstate
     )
-    results = {"o": o, "dq": dq, "dk": dk, "dv": dv, "state": state, "dinitial_state": dinitial}
+    results = {"o": o, "dq": dq, "dk": dk, "dv": dv, "state": state}
+    if states:
+        results["dinitial_state"] = dinitial
     for name, result in results.items():
         error = cases.relative(result, getattr(expected, name))
-        bound = cases.bound(ml_dtypes.bfloat16, state="state" in name)
+        bound = cases.bound(BF16, state="state" in name)
         assert error <= bound, f"{name}: relative error {error:.2e} above {bound}"
 
 
 @pytest.mark.parametrize(
-    ("length", "slopes", "states", "pieces"),
+    ("length", "slopes", "states", "plans", "pieces"),
     [
-        (1, "fast and slow", True, 1),
-        (64, "middle and slowest", False, 1),
-        (65, "middle and slowest", True, 1),
-        (257, "fast and slow", False, 1),
-        (320, "fast and slow", True, 3),
-        (200, "middle and slowest", True, 4),
+        (1, FAST_AND_SLOW, True, [Plan((DK, DV, DQ), 1, HALF)], 1),
+        (257, MIDDLE_AND_SLOWEST, False, [Plan((DK, DV), 1, WHOLE), Plan((DQ,), 1, HALF)], 1),
+        (200, FAST_AND_SLOW, True, [Plan((DK, DV), 2, HALF), Plan((DQ,), 4, HALF)], 4),
     ],
+    ids=["one token", "ragged, whole width", "pieces"],
 )
 def test_forward_and_backward_equal_the_recurrence(
-    length: int, slopes: str, states: bool, pieces: int, monkeypatch: pytest.MonkeyPatch
+    length: int, slopes: tuple[float, ...], states: bool, plans: list[Plan], pieces: int, choose: Choose
 ) -> None:
-    """INV-06, INV-07, INV-15, INV-16: lengths around the chunk, states in and out, and cut sequences."""
-    monkeypatch.setattr(mosaic_gpu, "_pieces", lambda ctas, length: pieces)
-    x = cases.inputs(length, batch=1, slopes=SLOPES[slopes], dim=128, dtype=ml_dtypes.bfloat16)
+    """INV-06, INV-07, INV-15, INV-16: lengths around the chunk, states in and out, shared launches, cut sequences."""
+    choose(*plans, pieces=pieces)
+    check(cases.inputs(length, batch=1, slopes=slopes, dim=128, dtype=BF16), states=states)
+
+
+@pytest.mark.parametrize(
+    ("plans", "pieces", "states"),
+    [
+        ([Plan((DK, DV, DQ), 2, WHOLE)], 1, False),
+        pytest.param([Plan((DK, DV), 1, HALF), Plan((DQ,), 1, HALF)], 2, True, marks=pytest.mark.full),
+    ],
+)
+def test_packed_rows_equal_the_recurrence(plans: list[Plan], pieces: int, states: bool, choose: Choose) -> None:
+    """INV-36: boundaries anywhere and at chunk edges, padding before, inside and after, whole chunks without either."""
+    choose(*plans, pieces=pieces)
+    ids = np.repeat(np.int32([0, 1, 0, 1, 2, 0, 3]), (3, 30, 4, 27, 130, 5, 57))
+    x = cases.inputs(len(ids), batch=1, slopes=MIDDLE_AND_SLOWEST, dim=128, dtype=BF16, segment_ids=ids[None])
     check(x, states=states)
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_packed_rows_equal_the_recurrence(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-36: boundaries anywhere and at chunk edges, padding before, inside and after, whole chunks without either."""
-    monkeypatch.setattr(mosaic_gpu, "_pieces", lambda ctas, length: pieces)
-    ids = np.concatenate([np.zeros(3), np.full(61, 1), np.full(130, 2), np.zeros(5), np.full(57, 3)]).astype(np.int32)
-    x = cases.inputs(
-        256, batch=1, slopes=SLOPES["middle and slowest"], dim=128, dtype=ml_dtypes.bfloat16, segment_ids=ids[None]
-    )
-    check(x, states=True)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_chunk_state_of_pieces_equals_the_recurrence(
-    reverse: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """INV-37, INV-38: the state of a context-parallel chunk, forwards of (k, v) and backwards of (q, do)."""
-    monkeypatch.setattr(mosaic_gpu, "_pieces", lambda ctas, length: 2)
-    ids = np.repeat(np.int32([1, 2]), (100, 50) if reverse else (20, 130))[None] if packed else None
-    x = cases.inputs(
-        150, batch=1, slopes=SLOPES["middle and slowest"], dim=128, dtype=ml_dtypes.bfloat16, segment_ids=ids
-    )
+@pytest.mark.parametrize(("reverse", "packed"), [(False, True), (True, False)])
+def test_chunk_state_equals_the_recurrence(reverse: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-37, INV-38: the state of a context-parallel chunk in pieces, forwards of (k, v) and backwards of (q, do)."""
+    monkeypatch.setattr(mosaic_gpu, "_cost", lambda plan, rows, chunks: abs(plan.pieces - 2))
+    ids = np.repeat(np.int32([1, 2]), (20, 130))[None] if packed else None
+    x = cases.inputs(150, batch=1, slopes=MIDDLE_AND_SLOWEST, dim=128, dtype=BF16, segment_ids=ids)
     x = dataclasses.replace(x, initial_state=np.zeros_like(x.initial_state), dstate=np.zeros_like(x.dstate))
     expected = cases.recurrence(x)
     given = cases.as_jax(x)
     pair, right = ((given.q, given.do), expected.dinitial_state) if reverse else ((given.k, given.v), expected.state)
     state = jax.jit(mosaic_gpu.chunk_state, static_argnums=4)(*pair, given.slopes, given.segment_ids, reverse)
-    assert cases.relative(state, right) <= cases.bound(ml_dtypes.bfloat16, state=True)
+    assert cases.relative(state, right) <= cases.bound(BF16, state=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 8192, 64, 128), (1, 8192, 8, 128), (2, 1_000_003, 2, 128)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_kernels_lower_for_cuda(shape: tuple[int, int, int, int], packed: bool) -> None:
-    """Every launch passes layout and transform inference: 64 heads, few heads cut into pieces, a million ragged tokens."""
+@pytest.mark.parametrize(
+    ("shape", "packed", "states"),
+    [
+        ((1, 8192, 64, 128), False, False),
+        ((1, 8192, 64, 128), True, True),
+        ((1, 8192, 8, 128), True, False),
+        ((1, 1_048_576, 64, 128), False, True),
+    ],
+    ids=["64 heads", "64 heads packed", "8 heads packed", "8.6e9 elements"],
+)
+def test_kernels_lower_for_cuda(shape: tuple[int, int, int, int], packed: bool, states: bool) -> None:
+    """Every launch passes layout and transform inference and fits in shared memory."""
     tokens = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     slopes = jax.ShapeDtypeStruct(shape[2:3], jnp.float32)
     ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if packed else None
-    state = jax.ShapeDtypeStruct((shape[0], shape[2], 128, 128), jnp.float32)
+    state = jax.ShapeDtypeStruct((shape[0], shape[2], 128, 128), jnp.float32) if states else None
     with plgpu.force_gpu_interpret_mode(None):
         for function, arguments in (
             (mosaic_gpu.forward, (tokens, tokens, tokens, slopes, ids, state)),
@@ -115,3 +140,27 @@ def test_kernels_lower_for_cuda(shape: tuple[int, int, int, int], packed: bool) 
         ):
             text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
             assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("heads", [1, 8, 16, 64, 256])
+@pytest.mark.parametrize("length", [1, 64, 1000, 131_072])
+def test_plans_cover_every_job_and_chunk(heads: int, length: int) -> None:
+    """Whatever is estimated to be fastest runs each job once and leaves no piece without a chunk."""
+    chunks = -(-length // HALF.chunk)
+    plans = mosaic_gpu._plans([[(DK, DV, DQ)], [(DK, DV), (DQ,)]], [HALF, WHOLE], heads, chunks)
+    assert sorted((job for plan in plans for job in plan.jobs), key=hash) == sorted((DK, DV, DQ), key=hash)
+    for plan in plans:
+        assert -(-chunks // plan.pieces) * (plan.pieces - 1) < chunks
+
+
+def test_description_of_packed_rows() -> None:
+    """INV-36: a chunk is plain only where neither it nor the states at its ends meet a boundary or padding."""
+    ids = np.repeat(np.int32([1, 2, 0, 2, 3]), (128, 100, 10, 18, 64))[None]
+    described = np.asarray(mosaic_gpu_segments.describe(jnp.asarray(ids), 64))
+    facts = described[0, :, -mosaic_gpu_segments.FACTS :]
+    fact = mosaic_gpu_segments.Fact
+    # The second chunk is whole, yet the gradient of the state that arrives at its end is segment 2's.
+    np.testing.assert_array_equal(facts[:, fact.PLAIN], [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(facts[:, fact.AGE_AFTER], [64, 128, 192, 246, 310])
+    np.testing.assert_array_equal(facts[:, fact.LEAVE_ASCENDING], [1, 1, 2, 2, 3])
+    np.testing.assert_array_equal(facts[:, fact.ENTER_DESCENDING], [1, 2, 2, 3, 3])

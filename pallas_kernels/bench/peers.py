@@ -1,0 +1,97 @@
+"""Other people's lightning attention behind one signature, for those that are installed."""
+
+import importlib.util
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.bench.timing import milliseconds
+
+Inputs = Sequence[Sequence[jax.Array]]
+"""Sets of q, k, v, do [B, T, N, H]."""
+
+LIGHTNING = ("jla", "fla")
+_MODULES = {"jla": "jla", "fla": "fla"}
+
+
+def available(name: str) -> bool:
+    """Says whether a peer can be imported."""
+    return importlib.util.find_spec(_MODULES[name]) is not None
+
+
+def lightning(name: str, inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, *, backward: bool) -> float:
+    """Returns milliseconds of a peer's forward, or forward and backward, with the same constant decay.
+
+    Args:
+        name: "jla" (jax-linear-attention, Mosaic GPU) or "fla" (flash-linear-attention, Triton, through torch).
+        inputs: sets of q, k, v, do, bf16 [B, T, N, H].
+        slopes: [N] fp32.
+        segment_ids: [B, T] int32, or None.
+        backward: also take the gradients of q, k and v.
+
+    Raises:
+        NotImplementedError: the peer has no such form.
+    """
+    return {"jla": _jla, "fla": _fla}[name](inputs, slopes, segment_ids, backward)
+
+
+def _jla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backward: bool) -> float:
+    from jla.ops import linear_attention
+
+    shape = inputs[0][0].shape
+    gate = jnp.broadcast_to(-slopes, shape[:3]).astype(jnp.float32)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        o, _ = linear_attention("simple_gla", q, k, v, g=gate, scale=1.0, segment_ids=segment_ids, impl="mosaic_gpu")
+        return o
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
+        o, pull = jax.vjp(forward, q, k, v)
+        return o, pull(do)
+
+    return milliseconds(jax.jit(both if backward else lambda q, k, v, do: forward(q, k, v)), inputs)
+
+
+def _fla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backward: bool) -> float:
+    import torch
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def tensor(x: jax.Array) -> Any:
+        return torch.utils.dlpack.from_dlpack(x)
+
+    gamma = -tensor(slopes).clone()
+    boundaries = None
+    if segment_ids is not None:
+        if segment_ids.shape[0] != 1:
+            raise NotImplementedError("fla takes packed rows one at a time")
+        ids = np.asarray(segment_ids[0])
+        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+        boundaries = torch.tensor([*starts, len(ids)], dtype=torch.int32, device="cuda")
+    sets = [[tensor(x).clone().requires_grad_(i < 3 and backward) for i, x in enumerate(s)] for s in inputs]
+
+    def call(q: Any, k: Any, v: Any, do: Any) -> None:
+        o, _ = chunk_simple_gla(q, k, v, g_gamma=gamma, scale=1.0, cu_seqlens=boundaries)
+        if backward:
+            torch.autograd.grad(o, (q, k, v), do)
+
+    return _torch_milliseconds(call, sets)
+
+
+def _torch_milliseconds(call: Callable[..., None], sets: Sequence[Sequence[Any]], repeats: int = 20) -> float:
+    import torch
+
+    for arguments in sets:
+        call(*arguments)
+    times = []
+    for repeat in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(*sets[repeat % len(sets)])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
