@@ -88,7 +88,7 @@ def _ours(case: Case, inputs: list[list[jax.Array]], slopes: jax.Array, ids: jax
         return o, pull(do)
 
     tokens = case.batch * case.length * case.heads
-    nominal = 2 * CHUNK * DIM + 4 * DIM**2
+    nominal = float(2 * CHUNK * DIM + 4 * DIM**2)
     time = milliseconds(jax.jit(forward), inputs)
     errors = _errors(inputs[0], slopes, ids)
     rows = [Row(f"{case.name} fwd", "ours", time, 4 * 2 * DIM * tokens, nominal * tokens, {"o": errors["o"]})]

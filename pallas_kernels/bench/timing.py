@@ -26,7 +26,7 @@ class Row:
     case: str
     implementation: str
     ms: float | None = None
-    bytes: float | None = None
+    bytes: int | None = None
     flops: float | None = None
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
