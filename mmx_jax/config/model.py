@@ -9,11 +9,12 @@ SOFTMAX = "softmax"
 
 
 def hybrid_layers(num_layers: int, period: int = 8) -> tuple[str, ...]:
-    """Layer kinds with softmax attention in every `period`-th layer and at the very end, lightning elsewhere.
+    """Layer kinds with softmax attention in every `period`-th layer (the last one of a shorter list), else lightning.
 
     The released model is `hybrid_layers(80)`: softmax at 7, 15, ..., 79 (INV-05).
     """
-    return tuple(SOFTMAX if (i + 1) % period == 0 or i + 1 == num_layers else LIGHTNING for i in range(num_layers))
+    period = min(period, num_layers)
+    return tuple(SOFTMAX if (i + 1) % period == 0 else LIGHTNING for i in range(num_layers))
 
 
 @dataclass(frozen=True, kw_only=True)

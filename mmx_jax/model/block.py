@@ -9,13 +9,11 @@ from jaxtyping import Array, Float
 
 from mmx_jax.config import LIGHTNING, ModelConfig
 from mmx_jax.model.dot import Weight
-from mmx_jax.model.layout import Layout
+from mmx_jax.model.layout import LayerCache, Layout
 from mmx_jax.model.lightning import LightningAttention
 from mmx_jax.model.moe import Experts, RouterStats, SwiGLU
 from mmx_jax.model.norm import rms_norm
 from mmx_jax.model.softmax import SoftmaxAttention
-
-LayerCache = tuple[Array, ...]
 
 
 def _part(params: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
@@ -33,8 +31,10 @@ class Block(nnx.Module):
         self.ffn_alpha, self.ffn_beta = config.alpha("ffn"), config.ffn_beta
         self.attention_norm = nnx.Param(params["attention_norm"])
         self.ffn_norm = nnx.Param(params["ffn_norm"])
-        attention = LightningAttention if kind == LIGHTNING else SoftmaxAttention
-        self.attention = attention(config, _part(params, "attention/"))
+        attention = _part(params, "attention/")
+        self.attention: LightningAttention | SoftmaxAttention = (
+            LightningAttention(config, attention) if kind == LIGHTNING else SoftmaxAttention(config, attention)
+        )
         self.ffn = (Experts if config.num_experts else SwiGLU)(config, _part(params, "ffn/"))
 
     def __call__(
@@ -43,7 +43,7 @@ class Block(nnx.Module):
         """The layer's output, its routing statistics, and its part of the cache (empty in, empty out)."""
         with jax.named_scope(f"{self.kind}_attention"):
             normed = rms_norm(x, self.attention_norm[...], self.eps)
-            mixed, cached = self._attend(normed, slopes, layout, cached)
+            mixed, cached = self.attention(normed, slopes, layout, cached)
             mixed = checkpoint_name(mixed, "attention")
             x = self.alpha * (normed if self.deepnorm else x) + self.beta * mixed
         with jax.named_scope("ffn"):
@@ -51,12 +51,3 @@ class Block(nnx.Module):
             mixed, stats = self.ffn(normed, layout.real, train=train)
             x = self.ffn_alpha * (normed if self.deepnorm else x) + self.ffn_beta * mixed
         return x, stats, cached
-
-    def _attend(
-        self, x: Float[Array, "B T D"], slopes: Float[Array, " N"], layout: Layout, cached: LayerCache
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        if self.kind == LIGHTNING:
-            mixed, state = self.attention(x, slopes, layout, *cached)
-            return mixed, () if state is None else (state,)
-        mixed, key_values = self.attention(x, layout, cached or None)
-        return mixed, key_values or ()

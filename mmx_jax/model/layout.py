@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Int
 
 from mmx_jax.model.rope import Rotation, rotation
 
+LayerCache = tuple[Array, ...]
+"""One layer's part of the cache: a lightning state, keys and values, or nothing."""
+
 
 class Layout(NamedTuple):
     """Segments and positions of the tokens of a forward pass."""

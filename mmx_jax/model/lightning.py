@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.model.dot import DotPolicy, Weight
-from mmx_jax.model.layout import Layout
+from mmx_jax.model.layout import LayerCache, Layout
 from pallas_kernels.lightning import decode_step, lightning_attention
 from pallas_kernels.norm_gate import norm_gate
 
@@ -68,13 +68,14 @@ class LightningAttention(nnx.Module):
         x: Float[Array, "B T D"],
         slopes: Float[Array, " N"],
         layout: Layout,
-        state: Float[Array, "B N H H"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N H H"] | None]:
-        """Attention output and, when a state is given, the state after each row's last real token (fp32)."""
+        cached: LayerCache = (),
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Attention output and, when `cached` holds a state, the state after each row's last real token (fp32)."""
         q, k, v = self.project(x)
-        if state is None:
+        if not cached:
             mixed = lightning_attention(q, k, v, slopes, segment_ids=layout.segment_ids)
-            return self.finish(mixed, x), None
+            return self.finish(mixed, x), ()
+        (state,) = cached
         if x.shape[1] > 1:
             mixed, state = lightning_attention(
                 q, k, v, slopes, segment_ids=layout.segment_ids, initial_state=state, return_state=True
@@ -82,4 +83,4 @@ class LightningAttention(nnx.Module):
         else:
             step, new = decode_step(q[:, 0], k[:, 0], v[:, 0], state, slopes)
             mixed, state = step[:, None], jnp.where(layout.real[:, :, None, None], new, state)
-        return self.finish(mixed, x), state
+        return self.finish(mixed, x), (state,)

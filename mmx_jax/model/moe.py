@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -131,8 +132,9 @@ class Experts(nnx.Module):
         """Each expert takes its first `capacity` slots in token order; returns the sum and the dropped share."""
         assert self.capacity_factor is not None
         M, k, E = x.shape[0], self.experts_per_token, self.num_experts
-        bucket = min(math.ceil(self.capacity_factor * k * M / E), M)
-        capacity = jnp.ceil(self.capacity_factor * k * tokens.astype(jnp.float32) / E).astype(jnp.int32)
+        share = Fraction(str(self.capacity_factor)) * k / E
+        bucket = min(math.ceil(share * M), M)
+        capacity = -(-share.numerator * tokens // share.denominator)
         order, counts, place = _ranks(routing.expert, E)
         starts = jnp.cumsum(counts) - counts
         flat = routing.expert.reshape(-1)

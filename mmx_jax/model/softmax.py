@@ -8,11 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.model.dot import DotPolicy, Weight
-from mmx_jax.model.layout import Layout
+from mmx_jax.model.layout import LayerCache, Layout
 from mmx_jax.model.rope import rotate
 from pallas_kernels.softmax import softmax_attention
-
-KeyValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 
 
 def append(
@@ -36,14 +34,19 @@ class SoftmaxAttention(nnx.Module):
         self.out = nnx.Param(params["out"])
 
     def __call__(
-        self, x: Float[Array, "B T D"], layout: Layout, cached: KeyValues | None = None
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        """Attention output and, when cached keys and values are given, these with the new ones appended."""
+        self, x: Float[Array, "B T D"], slopes: Float[Array, " N"], layout: Layout, cached: LayerCache = ()
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Attention output and, when `cached` holds keys and values, these with the new ones appended.
+
+        There is no decay: the slopes are not read.
+        """
+        del slopes
         q = rotate(self.dot.einsum("BTD,DNH->BTNH", x, self.query[...]), layout.rotation)
         k = rotate(self.dot.einsum("BTD,DKH->BTKH", x, self.key[...]), layout.rotation)
         v = self.dot.einsum("BTD,DKH->BTKH", x, self.value[...])
-        if cached is not None:
-            cached = (append(cached[0], k, layout.k_end), append(cached[1], v, layout.k_end))
-            k, v = cached[0].astype(q.dtype), cached[1].astype(q.dtype)
+        if cached:
+            keys, values = cached
+            cached = (append(keys, k, layout.k_end), append(values, v, layout.k_end))
+            k, v = (entries.astype(q.dtype) for entries in cached)
         mixed = softmax_attention(q, k, v, k_start=layout.k_start, k_end=layout.k_end, scale=self.scale)
         return self.dot.einsum("BTNH,NHD->BTD", mixed, self.out[...]), cached

@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.model.block import Block, LayerCache
+from mmx_jax.model.block import Block
 from mmx_jax.model.cache import Cache
 from mmx_jax.model.dot import DotPolicy, Weight
-from mmx_jax.model.layout import Layout, cached_layout, packed_layout
+from mmx_jax.model.layout import LayerCache, Layout, cached_layout, packed_layout
 from mmx_jax.model.lightning import layer_slopes
 from mmx_jax.model.moe import RouterStats, balance_loss
 from mmx_jax.model.norm import rms_norm
@@ -52,9 +52,9 @@ class TextModel(nnx.Module):
         self.embedding = nnx.Param(params["embedding"])
         self.final_norm = nnx.Param(params["final_norm"])
         self.head_weight = nnx.Param(params["head"])
-        self.sections = nnx.List()
+        self.sections: nnx.List[nnx.List[Block]] = nnx.List()
         for s, section in enumerate(layer_plan(config)):
-            blocks = nnx.List()
+            blocks: nnx.List[Block] = nnx.List()
             for r, run in enumerate(section.runs):
                 prefix = f"layers/{s}/{r}/"
                 part = {path.removeprefix(prefix): w for path, w in params.items() if path.startswith(prefix)}
