@@ -12,6 +12,7 @@ Typed again with the same workdir, it resumes. Exit codes:
     75  stopped by SIGTERM or Ctrl-C after saving; type the same command to go on
 """
 
+import sys
 from dataclasses import replace
 
 from absl import flags
@@ -28,7 +29,7 @@ def main(config: RunConfig) -> int:
     from mmx_jax.checkpoint import CheckpointError, CheckpointWriteError
     from mmx_jax.data import DataError
     from mmx_jax.inference.load import LoadError
-    from mmx_jax.training.errors import TrainingError
+    from mmx_jax.training.errors import Interrupted, TrainingError
     from mmx_jax.training.run import run
     from parallel.mesh import MeshError
     from parallel.sharding import ShardingError
@@ -37,6 +38,9 @@ def main(config: RunConfig) -> int:
         config = replace(config, workdir=_WORKDIR.value)
     try:
         run(config)
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        return end.exit_code
     except TrainingError as error:
         fail_with(error, error.exit_code)
     except CheckpointWriteError as error:

@@ -36,7 +36,10 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
         except ConfigError as error:
             fail_with(error)
         overrides.update(found)
-        return app.parse_flags_with_usage(rest)
+        rest = app.parse_flags_with_usage(rest)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # below it, libraries tell of every file that they write
+        return rest
 
     def start(argv: Sequence[str]) -> int | None:
         try:
@@ -49,7 +52,6 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
             fail_with(error)
         return main(config)
 
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # (the libraries' own chatter begins above it)
     app.run(start, flags_parser=parse)
 
 

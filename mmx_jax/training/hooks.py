@@ -192,16 +192,13 @@ class LossCurve(Hook):
 class NonFinite(Hook):
     """Ends the run when too many updates in a row had to be skipped."""
 
-    def __init__(self, limit: int):
-        self._limit = limit
-
     def record(self, session: Session, record: Record) -> None:
-        in_a_row = session.progress.skipped_in_a_row
-        if in_a_row > self._limit:
+        in_a_row, limit = session.progress.skipped_in_a_row, session.stage.optimizer.max_skipped_steps
+        if in_a_row > limit:
             sources = ", ".join(f"{name} {loss:.3g}" for name, loss in record["source_loss"].items())
             raise NonFiniteError(
                 f"stage {record['stage']!r}, step {record['step']}: loss or gradients were not finite in {in_a_row} "
-                f"updates in a row, max_skipped_steps is {self._limit}; loss by source: {sources}. The parameters are "
+                f"updates in a row, max_skipped_steps is {limit}; loss by source: {sources}. The parameters are "
                 f"those from before, the last checkpoint is good. Lower the learning rate, or look at the rows before "
                 f"row {session.progress.row}"
             )

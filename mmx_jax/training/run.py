@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from mmx_jax.checkpoint import CheckpointStore
-from mmx_jax.config import MESH_AXES, RunConfig, to_dict
-from mmx_jax.data import TrainingRows, check_store_vocabulary
+from mmx_jax.checkpoint.store import steps_on_disk
+from mmx_jax.config import MESH_AXES, RunConfig, StageConfig, to_dict
+from mmx_jax.data import TokenStore, TrainingRows, check_store_vocabulary, held_out_batches
 from mmx_jax.data.prepare import prepare
 from mmx_jax.evaluation import TaskResult
 from mmx_jax.training.batches import BatchFeed
@@ -66,7 +67,8 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         if start is None:
             console.print(f"finished: nothing is left to train in {workdir}; see python eval.py --help")
             return
-        write_json(workdir / CONFIG_FILE, to_dict(config))
+        if jax.process_index() == 0:
+            write_json(workdir / CONFIG_FILE, to_dict(config))
         held_out = _train_stages(config, mesh, workdir, store, stop, start, console)
     if jax.process_index() == 0:
         final_report(console, config, config.stages[-1], str(workdir), held_out)
@@ -102,12 +104,18 @@ def open_session(config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, star
     """Everything that training a stage from `start` needs.
 
     Raises:
-      DataError: a store is missing or damaged, or its tokenizer does not fit the model.
+      DataError: a store is missing or damaged, holds nothing out, or its tokenizer does not fit the model.
+      CheckpointRefusedError: the stage began with other rows.
       ShardingError: the batch does not divide by the mesh.
     """
     stage = config.stages[start.index]
     setup = StageSetup(config, stage, mesh)
-    rows = open_rows(config, start.index)
+    rows = open_rows(config, stage)
+    if start.data_fingerprint not in (None, rows.fingerprint):
+        raise CheckpointRefusedError(
+            f"stage {stage.name!r}: its token stores changed since the checkpoint; bring them back, or choose another "
+            "--workdir"
+        )
     most = max(sequences for _, sequences in stage.batch.ramp) // stage.batch.micro_batch
     batch = abstract_batch(most, stage.batch.micro_batch, stage.sequence_length, mesh)
     return Session(
@@ -124,12 +132,12 @@ def open_session(config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, star
     )
 
 
-def open_rows(config: RunConfig, index: int) -> TrainingRows:
-    """The stream of rows of a stage, checked against the model."""
-    stage = config.stages[index]
+def open_rows(config: RunConfig, stage: StageConfig) -> TrainingRows:
+    """The stream of rows of a stage, checked against the model; its stores have held-out text to evaluate on."""
     rows = TrainingRows(stage.data, stage.sequence_length)
     for source in rows.sources:
         check_store_vocabulary(source.store, config.model.vocab_size)
+        held_out_batches(TokenStore(source.store.folder, split="held_out"), stage.sequence_length, 1, max_tokens=1)
     return rows
 
 
@@ -137,12 +145,11 @@ def make_hooks(
     config: RunConfig, workdir: Path, store: CheckpointStore, stop: StopSignal, console: Console
 ) -> list[Hook]:
     """What happens beside training. The checkpoint is saved before the final evaluation, the curve drawn after it."""
-    limit = max(stage.optimizer.max_skipped_steps for stage in config.stages)
     writing: list[Hook] = []
     if jax.process_index() == 0:
         every = config.logging.every_steps
         writing = [MetricsFile(workdir), ConsoleLog(console, every), TensorBoard(workdir, every)]
-    hooks = [*writing, NonFinite(limit)]
+    hooks = [*writing, NonFinite()]
     if config.logging.profile_steps is not None:
         hooks.append(Profile(workdir, config.logging.profile_steps))
     hooks += [Checkpoints(store, config.checkpoint.every_steps, stop), Evaluation(config.evaluation.every_steps)]
@@ -150,24 +157,11 @@ def make_hooks(
 
 
 def _start(config: RunConfig, mesh: jax.sharding.Mesh, store: CheckpointStore, workdir: Path) -> Start | None:
-    steps = store.steps()
+    steps = steps_on_disk(store.folder)
     if not steps:
         return first_start(config, mesh)
     reported = any(line["update"] == steps[-1] for line in read_lines(workdir / EVALUATIONS_FILE, steps[-1]))
-    start = resume(config, mesh, store, reported=reported)
-    if start is not None and start.progress.tokens:
-        _check_rows(config, store, start)
-    return start
-
-
-def _check_rows(config: RunConfig, store: CheckpointStore, start: Start) -> None:
-    """A stage that goes on must go on with the rows it began with."""
-    saved = store.metadata(start.progress.update)["data_fingerprint"]
-    if saved != open_rows(config, start.index).fingerprint:
-        raise CheckpointRefusedError(
-            f"stage {start.progress.stage!r}: its token stores changed since checkpoint {start.progress.update}; "
-            "bring them back, or choose another --workdir"
-        )
+    return resume(config, mesh, store, reported=reported)
 
 
 def _open_store(workdir: Path, config: RunConfig) -> CheckpointStore:

@@ -72,8 +72,8 @@ class Start:
     progress: Progress
     reason: str
     """A sentence for the reader of the console."""
-    restored: bool = False
-    """Whether it comes from a checkpoint of this run."""
+    data_fingerprint: str | None = None
+    """The rows that the stage began with, when it goes on."""
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ def resume(config: RunConfig, mesh: Mesh, store: CheckpointStore, *, reported: b
             progress = replace(progress, update=saved.number, round=saved.progress.round + 1)
             reason = f"finished before: going on from {where}, before the decay, for one more budget"
         elif finished and not last:
-            return replace(next_start(config, mesh, index + 1, state, progress), restored=True)
+            return next_start(config, mesh, index + 1, state, progress)
         else:
             reason = f"resuming from {where}: stage {progress.stage!r}, step {progress.step:,}, row {progress.row:,}"
-        return Start(index, state, progress, reason, restored=True)
+        return Start(index, state, progress, reason, source.metadata["data_fingerprint"])
     store.restore({"params": {}})  # every step there is, is damaged: says so, naming what is wrong with the oldest
     return None
 

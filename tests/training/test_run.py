@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -164,8 +165,25 @@ def test_other_data_is_refused(
 ) -> None:
     """The same folder with other contents has another fingerprint."""
     monkeypatch.setattr(TrainingRows, "fingerprint", "another")
-    with pytest.raises(CheckpointRefusedError, match="token stores changed since checkpoint"):
+    with pytest.raises(CheckpointRefusedError, match="token stores changed since the checkpoint"):
         _run(short, two_rounds[0])
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
+    short: RunConfig, two_rounds: tuple[Path, str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One flipped bit in the newest step: it is named and passed over, and the same state is reached again."""
+    original, workdir = two_rounds[0], tmp_path / "work"
+    shutil.copytree(original, workdir)
+    (workdir / "evaluations.jsonl").unlink()  # as if the end had not been reported
+    damaged = workdir / "checkpoints/00000024/arrays/params.head/c.0.0"
+    content = bytearray(damaged.read_bytes())
+    content[7] ^= 4
+    damaged.write_bytes(content)
+    assert "resuming from checkpoint 20: stage 'pretrain', step 16" in _run(short, workdir)
+    assert "params/head" in caplog.text
+    assert process.arrays(workdir) == process.arrays(original)
+    assert process.metrics(workdir) == process.metrics(original)
 
 
 @pytest.fixture(scope="module")
