@@ -18,7 +18,8 @@ from jaxtyping import DTypeLike
 
 from pallas_kernels.lightning import mosaic_gpu_segments
 from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State
-from pallas_kernels.lightning.mosaic_gpu_scan import HEAD_DIM, Job, Plan, Tuning, scan
+from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Tuning
+from pallas_kernels.lightning.mosaic_gpu_scan import scan
 
 HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 152, 32), terms=2)
 # A second term does not fit the registers of a whole-width state warpgroup: not where a returned state needs it.

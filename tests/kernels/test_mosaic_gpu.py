@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lightning import mosaic_gpu, mosaic_gpu_segments
 from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, WHOLE
-from pallas_kernels.lightning.mosaic_gpu_scan import Plan
+from pallas_kernels.lightning.mosaic_gpu_plan import Plan
 from tests.kernels import cases
 
 BF16 = ml_dtypes.bfloat16
