@@ -1,6 +1,7 @@
 """A checkpoint as a folder of safetensors that other people's code loads, in the hub or the transformers format."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from absl import logging
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.errors import ConvertError
 from mmx_jax.convert.hf_config import FORMATS, NATIVE_BLOCK, config_json
-from mmx_jax.convert.importing import DTYPES, PIECE_BYTES, WORKERS
+from mmx_jax.convert.importing import DTYPES, PIECE_BYTES, workers
 from mmx_jax.convert.names import decay_buffers
 from mmx_jax.convert.progress import ByteProgress
 from mmx_jax.convert.safetensors import INDEX_FILE, SINGLE_FILE, PlannedTensor, create_file
@@ -38,12 +39,16 @@ class _Shard:
     tensors: list[tuple[str, np.dtype, tuple[int, ...]]]
 
 
+def _nbytes(entry: tuple[str, np.dtype, tuple[int, ...]]) -> int:
+    return math.prod(entry[2]) * entry[1].itemsize
+
+
 def _plan(tensors: list[tuple[str, np.dtype, tuple[int, ...]]], max_shard: int) -> list[_Shard]:
     """Tensors in order, a new file whenever the next one would make it larger than `max_shard`."""
     groups: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
     size = 0
     for entry in tensors:
-        nbytes = int(np.prod(entry[2], dtype=np.int64)) * entry[1].itemsize
+        nbytes = _nbytes(entry)
         if groups[-1] and size + nbytes > max_shard:
             groups.append([])
             size = 0
@@ -66,9 +71,9 @@ class _Export:
             self.buffers = dict(decay_buffers(weights.config, NATIVE_BLOCK))
             tensors += [(name, value.dtype, value.shape) for name, value in self.buffers.items()]
         self.shards = _plan(tensors, max_shard)
-        self.nbytes = sum(
-            int(np.prod(shape, dtype=np.int64)) * kind.itemsize for s in self.shards for _, kind, shape in s.tensors
-        )
+        sizes = [_nbytes(entry) for shard in self.shards for entry in shard.tensors]
+        self.nbytes = sum(sizes)
+        self.workers = workers(3 * min(max(sizes), PIECE_BYTES))
 
     def pieces(self, planned: PlannedTensor) -> Iterator[tuple[int, int]]:
         """Row ranges of a tensor that fit in `PIECE_BYTES` and meet the unit of its parameter."""
@@ -84,7 +89,8 @@ class _Export:
     def write(self, folder: Path, bar: ByteProgress) -> None:
         """Writes all shards and, when there is more than one, the index."""
         weight_map: dict[str, str] = {}
-        with ThreadPoolExecutor(WORKERS, "export") as pool:
+        with ThreadPoolExecutor(self.workers, "export") as pool, ThreadPoolExecutor(1, "export-sync") as syncer:
+            synced = []
             for shard in self.shards:
                 planned = create_file(folder / shard.name, shard.tensors)
                 handle = os.open(folder / shard.name, os.O_WRONLY)
@@ -92,10 +98,12 @@ class _Export:
                     jobs = [(handle, tensor, *rows) for tensor in planned for rows in self.pieces(tensor)]
                     for nbytes in pool.map(lambda job: self._piece(*job), jobs):
                         bar.add(nbytes)
-                    os.fsync(handle)
                 finally:
-                    os.close(handle)
+                    # The next file is computed while this one goes to the disk.
+                    synced.append(syncer.submit(_sync_and_close, handle))
                 weight_map |= {tensor.name: shard.name for tensor in planned}
+            for done in synced:
+                done.result()
         if len(self.shards) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
@@ -111,6 +119,13 @@ class _Export:
         while done < len(data):
             done += os.pwrite(handle, data[done:], position + done)
         return len(data)
+
+
+def _sync_and_close(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def notes(config: ModelConfig, form: str) -> list[str]:

@@ -42,7 +42,8 @@ from mmx_jax.model import parameter_spec
 from mmx_jax.model.quantize import is_quantizable, quantize_rows, scale_shape
 
 PIECE_BYTES = 128 * 2**20
-WORKERS = min(4, os.cpu_count() or 1)
+BYTES_IN_FLIGHT = 3 * 2**29
+MOST_WORKERS = 16
 STEP = 0
 STAGE = "imported"
 TEMPORARY = "00000000.importing"
@@ -74,9 +75,23 @@ class Piece:
         return (*self.tensor.index, *place)
 
     @property
+    def elements(self) -> int:
+        """Values that it has."""
+        return math.prod(self.tensor.with_units(self.units))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes in the checkpoint, scales not counted."""
-        return math.prod(self.tensor.with_units(self.units)) * (1 if self.quantized else self.dtype.itemsize)
+        return self.elements * (1 if self.quantized else self.dtype.itemsize)
+
+    def working_bytes(self, read: np.dtype) -> int:
+        """Memory that it takes on its way: as read, and cast and transposed, or as three fp32 arrays and int8."""
+        return self.elements * (read.itemsize + (14 if self.quantized else 2 * self.dtype.itemsize))
+
+
+def workers(working_bytes: int) -> int:
+    """How many pieces to work on at once: many small ones, to hide the disk's delays; few large ones, for memory."""
+    return max(1, min(MOST_WORKERS, BYTES_IN_FLIGHT // max(working_bytes, 1)))
 
 
 def imported_run(model: ModelConfig, name: str) -> RunConfig:
@@ -172,7 +187,9 @@ class _Import:
 
         pending = [piece for piece in self.pieces if not self._known(piece)]
         progress.add(sum(piece.nbytes for piece in self.pieces) - sum(piece.nbytes for piece in pending))
-        pool = ThreadPoolExecutor(WORKERS, "import")
+        stored = self.source.stored
+        largest = max(piece.working_bytes(stored[piece.tensor.name].dtype) for piece in self.pieces)
+        pool = ThreadPoolExecutor(workers(largest), "import")
         try:
             for future in [pool.submit(write, piece) for piece in pending]:
                 future.result()

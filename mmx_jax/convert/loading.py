@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Array
 
 from mmx_jax.config import ModelConfig, first_difference, to_dict
-from mmx_jax.convert.importing import PIECE_BYTES, WORKERS
+from mmx_jax.convert.importing import PIECE_BYTES, workers
 from mmx_jax.convert.names import TensorSlice
 from mmx_jax.convert.source import CONFIG_FILE, SourceFolder, check_finite, read_config
 from mmx_jax.model import ParamSpec, parameter_spec
@@ -124,7 +124,7 @@ def load_safetensors(
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: dict[str, Array] = {}
     pending: deque[_Pending] = deque()
-    pool = ThreadPoolExecutor(WORKERS, "load")
+    pool = ThreadPoolExecutor(workers(3 * PIECE_BYTES), "load")
     try:
         for path, spec in parameter_spec(model_config).items():
             sharding = alone if shardings is None else shardings[path]

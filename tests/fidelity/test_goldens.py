@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from tests.oracle.weights import CASES, FULL_GRADIENTS, PROJECTIONS, direction, 
 
 GOLDENS = Path(__file__).parents[1] / "oracle" / "goldens"
 TOLERANCE = 1e-4
-SPEC_LINES = pytest.mark.parametrize("name", CASES)
+EVERY_CASE = pytest.mark.parametrize("name", CASES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,6 @@ class Case:
 @functools.cache
 def case(name):
     """Weights read by our own loader from a folder that the safetensors library wrote."""
-    import tempfile
-
     about = CASES[name]
     config = dataclasses.replace(parse_config(about["config"]), compute_dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
@@ -62,26 +61,48 @@ def relative(ours, theirs, real=None):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def forward(config, params, tokens, positions, segments, cache=None):
+def prefilled(config, params, tokens, segments):
+    """The cache after one prefill of all tokens."""
     model = TextModel(config, params)
-    hidden, _, cache = model.backbone(model.embed(tokens), positions, segments, cache)
-    return model.head(hidden), hidden, cache
+    cache = Cache.init(config, *tokens.shape, "float32")
+    return model.backbone(model.embed(tokens), cache.positions(segments), segments, cache)[2]
 
 
-@SPEC_LINES
+@functools.cache
+def results(name):
+    """(loss, (logits, hidden), gradients) of a case."""
+    c = case(name)
+
+    @jax.jit
+    def compute(params, tokens, positions, real):
+        def loss(params):
+            model = TextModel(c.config, params)
+            hidden, _, _ = model.backbone(model.embed(tokens), positions, real)
+            logits = model.head(hidden)
+            targets = jnp.roll(tokens, -1, axis=1)[..., None]
+            losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)[..., 0]
+            weight = (real * jnp.roll(real, -1, axis=1)).at[:, -1].set(0)
+            return (losses * weight).sum() / weight.sum(), (logits, hidden)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, outputs), grads = compute(c.params, c.tokens, c.positions, jnp.asarray(c.real))
+    return loss, outputs, {path: np.asarray(value) for path, value in grads.items()}
+
+
+@EVERY_CASE
 def test_logits(name):
     c = case(name)
-    logits, hidden, _ = forward(c.config, c.params, c.tokens, c.positions, c.real)
+    _, (logits, hidden), _ = results(name)
     assert relative(logits, c.golden["logits"], c.real) < TOLERANCE
     assert relative(hidden, c.golden["hidden"][-1], c.real) < TOLERANCE
 
 
-@SPEC_LINES
+@EVERY_CASE
 def test_lightning_states(name):
     """State after prefill in convention (a), every lightning layer in order (INV-08, INV-34)."""
     c = case(name)
-    cache = Cache.init(c.config, len(c.tokens), c.tokens.shape[1], "float32")
-    _, _, cache = forward(c.config, c.params, c.tokens, cache.positions(jnp.asarray(c.real)), c.real, cache)
+    cache = prefilled(c.config, c.params, c.tokens, jnp.asarray(c.real))
     golden = c.golden["states"]
     number = 0
     for s, section in enumerate(layer_plan(c.config)):
@@ -95,7 +116,7 @@ def test_lightning_states(name):
     assert number == len(golden) == c.config.layers.count(LIGHTNING)
 
 
-@SPEC_LINES
+@EVERY_CASE
 def test_hidden_states_and_router_choices_by_layer(name, monkeypatch):
     """Each layer alone on the output of the layer before; the experts chosen are those of the oracle (INV-22)."""
     c = case(name)
@@ -135,11 +156,11 @@ def layer_params(c, layer):
     for path, spec in parameter_spec(c.config).items():
         for group, members in enumerate(spec.layers):
             if layer in members:
-                out[path.split("/", 3)[3]] = c.params[path][group, members.index(layer)]
+                out[path.split("/", 3)[3]] = jnp.asarray(np.asarray(c.params[path])[group, members.index(layer)])
     return out
 
 
-@SPEC_LINES
+@EVERY_CASE
 def test_greedy_tokens(name):
     """32 tokens by prefill and decode equal the oracle's full forward passes (INV-31)."""
     c = case(name)
@@ -149,27 +170,12 @@ def test_greedy_tokens(name):
     assert ours == c.golden["greedy"].tolist()
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def loss_and_gradients(config, params, tokens, positions, real):
-    def loss(params):
-        model = TextModel(config, params)
-        hidden, _, _ = model.backbone(model.embed(tokens), positions, real)
-        losses = -jnp.take_along_axis(
-            jax.nn.log_softmax(model.head(hidden)), jnp.roll(tokens, -1, axis=1)[..., None], axis=-1
-        )[..., 0]
-        weight = (real * jnp.roll(real, -1, axis=1)).at[:, -1].set(0)
-        return (losses * weight).sum() / weight.sum()
-
-    return jax.value_and_grad(loss)(params)
-
-
-@SPEC_LINES
+@EVERY_CASE
 def test_gradients(name):
     """Every gradient element for one case; norm and 16 random projections of every tensor for the others (INV-16)."""
     c = case(name)
-    loss, grads = loss_and_gradients(c.config, c.params, c.tokens, c.positions, jnp.asarray(c.real))
+    loss, _, grads = results(name)
     assert relative(loss, c.golden["loss"]) < TOLERANCE
-    grads = {path: np.asarray(value) for path, value in grads.items()}
     seen = 0
     for key, tensor in tensor_map(c.config).items():
         ours = tensor.to_stored(grads[tensor.path][tensor.index])

@@ -191,7 +191,7 @@ def test_resumes_where_it_stopped(tmp_path, monkeypatch):
         written.append(record.name)
         return original(store, record, index, value)
 
-    monkeypatch.setattr(importing, "WORKERS", 1)
+    monkeypatch.setattr(importing, "workers", lambda working_bytes: 1)
     monkeypatch.setattr(importing.layout, "write_chunk", dying)
     with pytest.raises(KeyboardInterrupt):
         import_weights(source, tmp_path / "work", progress=False)
