@@ -3,6 +3,7 @@
 python -m mmx_jax.convert check  --config configs/minimax_text_01.py [--source DIR]
 python -m mmx_jax.convert import --source DIR --checkpoint DIR [--dtype bf16|fp32] [--quantize int8]
 python -m mmx_jax.convert export --checkpoint DIR --output DIR --format hub|transformers [--max-shard 5GB]
+                         [--dtype bf16|fp32] [--tokenizer DIR]
 python -m mmx_jax.convert diff   A B
 python -m mmx_jax.convert logits --checkpoint DIR --tokens F.npy --output F.npy [--decode] [--compute float32]
 
@@ -45,6 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", None, DTYPES, "import, export: dtype of the weights; as they are when not given")
     flags.DEFINE_enum("quantize", None, ["int8"], "import: weight-only quantisation")
     flags.DEFINE_string("max-shard", None, "export: largest file, such as 5GB")
+    flags.DEFINE_string("tokenizer", None, "export: folder with tokenizer files; the workdir's when not given")
     flags.DEFINE_string("tokens", None, "logits: .npy file, int32 [B, T]")
     flags.DEFINE_bool("decode", False, "logits: token by token through the cache")
     flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "logits: precision of the matmuls")
@@ -84,7 +86,7 @@ def _export(console: Console) -> bool:
     checkpoint, output, form = _need("checkpoint", "output", "format")
     largest = FLAGS["max-shard"].value
     size = parse_size(largest) if largest else MAX_SHARD
-    folder = export_weights(checkpoint, output, form, dtype=FLAGS.dtype, max_shard=size)
+    folder = export_weights(checkpoint, output, form, dtype=FLAGS.dtype, max_shard=size, tokenizer=FLAGS.tokenizer)
     console.print(f"exported to {folder}", markup=False)
     for note in notes(StoredWeights(checkpoint).config, form):
         console.print(f"note: {note}", markup=False)

@@ -48,6 +48,10 @@ STEP = 0
 STAGE = "imported"
 TEMPORARY = "00000000.importing"
 JOURNAL = "import.journal"
+PROGRESS = {"stage": STAGE, "round": 1} | dict.fromkeys(
+    ("step", "tokens", "row", "update", "skipped", "skipped_in_a_row"), 0
+)
+"""Where a run stands that has done nothing yet, in the form in which training stores it."""
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
 
 
@@ -301,7 +305,7 @@ def import_weights(
             copy_tokenizer(folder.path, workdir)
             metadata = {
                 "config": to_dict(imported_run(folder.config, workdir.name)),
-                "progress": {"stage": STAGE, "step": 0, "tokens": 0},
+                "progress": PROGRESS,
                 "source": {"files": str(folder.path.name), "tensors": len(folder.tensors)},
                 "quantization": quantize,
             }

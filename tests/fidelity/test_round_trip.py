@@ -15,6 +15,7 @@ from mmx_jax.convert.names import decay_buffers, tensor_map
 from mmx_jax.convert.source import read_config
 from mmx_jax.inference.load import load_for_inference
 from mmx_jax.model import parameter_spec
+from mmx_jax.training.progress import Progress
 from parallel.mesh import make_mesh
 from parallel.sharding import Rules
 from tests.fidelity.common import hub_config, tiny_folder, tiny_weights, write_folder
@@ -226,6 +227,7 @@ def test_imported_weights_serve_inference(tmp_path):
     loaded = load_for_inference(tmp_path / "work")
     assert loaded.model == read_config(source)
     assert loaded.model.end_of_text_id == 20
+    assert Progress.from_dict(loaded.metadata["progress"]) == Progress(stage="imported")
 
 
 def test_diff_names_what_differs(tmp_path):
