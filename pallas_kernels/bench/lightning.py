@@ -1,6 +1,7 @@
 """Times lightning attention, forward and forward with backward, against the copy ceiling and its peers."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +46,21 @@ CASES = (
 
 
 def run(peer_names: list[str], only: list[str]) -> list[Row]:
-    """Measures every case whose name contains one of `only` (all when empty), ours and the peers'."""
-    rows = []
+    """Measures every case whose name contains one of `only` (all when empty), ours and the peers'.
+
+    Times go to stderr as they come, so that a run that is cut short is not lost.
+    """
+    rows: list[Row] = []
     for case in CASES:
         if only and not any(part in case.name for part in only):
             continue
         inputs, slopes, ids = _draw(case)
-        rows += _ours(case, inputs, slopes, ids)
+        found = _ours(case, inputs, slopes, ids)
         for name in peer_names:
-            rows += _peer(name, case, inputs, slopes, ids)
+            found += _peer(name, case, inputs, slopes, ids)
+        for row in found:
+            print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
+        rows += found
         for array in jax.tree.leaves(inputs):
             array.delete()
     return rows

@@ -60,7 +60,7 @@ def compare(actual: dict[str, jax.Array], expected: cases.Expected, dtype) -> No
         for head in range(wanted.shape[2 if wanted.ndim == 4 and "state" not in name else 1]):
             part = (slice(None), head) if "state" in name else (slice(None), slice(None), head)
             error = cases.relative(np.asarray(actual[name])[part], wanted[part])
-            limit = cases.bound(dtype, state=name == "state")
+            limit = cases.bound(dtype, state=name == "state", length=expected.o.shape[1])
             assert error <= limit, f"{name}, head {head}: relative error {error:.2e} > {limit:.0e}"
 
 
