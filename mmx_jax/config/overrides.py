@@ -38,7 +38,7 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
         overrides.update(found)
         rest = app.parse_flags_with_usage(rest)
         if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # below it, libraries tell of every file that they write
+            logging.set_verbosity(logging.WARNING)  # below it, libraries tell of every file that they write
         return rest
 
     def start(argv: Sequence[str]) -> int | None:

@@ -12,11 +12,12 @@ from mmx_jax.data import Batch
 from mmx_jax.evaluation.likelihood import token_log_probs, vocabulary_chunk
 from mmx_jax.inference import GREEDY, Generator, SamplingConfig
 from mmx_jax.model import TextModel
+from mmx_jax.model.dot import Weight
 from parallel.sharding import Rules, constrain
 
 
 @partial(jax.jit, static_argnames="config")
-def _log_probs(config: ModelConfig, params: Mapping[str, Array], batch: Batch) -> Float[Array, "B T"]:
+def _log_probs(config: ModelConfig, params: Mapping[str, Weight], batch: Batch) -> Float[Array, "B T"]:
     model = TextModel(config, params)
     hidden, _, _ = model.backbone(model.embed(batch.tokens), batch.positions, batch.segment_ids)
     chunk = vocabulary_chunk(batch.tokens.size, config.vocab_size)
@@ -27,7 +28,7 @@ def _log_probs(config: ModelConfig, params: Mapping[str, Array], batch: Batch) -
 class EvalModel:
     """A model as tasks see it; works on the mesh in use (`jax.set_mesh`), or on one device without."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Array]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Weight]):
         self.config = config
         self.params = params
 

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mmx_jax.config import ModelConfig
 from mmx_jax.inference.sampling import GREEDY, SamplingConfig, row_keys, sample, trained_ids
 from mmx_jax.model import Cache, TextModel, parameter_spec
+from mmx_jax.model.dot import Weight
+from mmx_jax.model.quantize import QuantizedWeight
 
 SMALLEST_CHUNK = 16
 """Prefill lengths are rounded up to powers of two from here on, so that few shapes are compiled."""
@@ -40,9 +42,12 @@ def inference_dtypes(config: ModelConfig) -> dict[str, jnp.dtype]:
     }
 
 
-def inference_params(config: ModelConfig, params: Mapping[str, Array]) -> dict[str, Array]:
-    """The weights in the dtypes that they are used in."""
-    return {path: jnp.asarray(params[path], dtype) for path, dtype in inference_dtypes(config).items()}
+def inference_params(config: ModelConfig, params: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights in the dtypes that they are used in; quantised ones stay in 8 bits."""
+    return {
+        path: weight if isinstance(weight := params[path], QuantizedWeight) else jnp.asarray(weight, dtype)
+        for path, dtype in inference_dtypes(config).items()
+    }
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("token", "active", "count", "limit", "request"), meta_fields=())
@@ -71,7 +76,7 @@ class Rows:
 @partial(jax.jit, static_argnames="config", donate_argnames=("cache", "hidden"))
 def prefill(
     config: ModelConfig,
-    params: Mapping[str, Array],
+    params: Mapping[str, Weight],
     cache: Cache,
     hidden: Float[Array, "B D"],
     tokens: Int[Array, "B T"],
@@ -99,7 +104,7 @@ def _append(
 
 def _choose(
     config: ModelConfig,
-    params: Mapping[str, Array],
+    params: Mapping[str, Weight],
     allowed: Bool[Array, " V"],
     hidden: Float[Array, "B D"],
     rows: Rows,
@@ -118,7 +123,7 @@ def _choose(
 @partial(jax.jit, static_argnames=("config", "sampling"))
 def first_token(
     config: ModelConfig,
-    params: Mapping[str, Array],
+    params: Mapping[str, Weight],
     allowed: Bool[Array, " V"],
     hidden: Float[Array, "B D"],
     rows: Rows,
@@ -134,7 +139,7 @@ def first_token(
 @partial(jax.jit, static_argnames=("config", "sampling", "steps"), donate_argnames="cache")
 def decode(
     config: ModelConfig,
-    params: Mapping[str, Array],
+    params: Mapping[str, Weight],
     allowed: Bool[Array, " V"],
     cache: Cache,
     rows: Rows,
@@ -183,7 +188,7 @@ class Generator:
     def __init__(
         self,
         config: ModelConfig,
-        params: Mapping[str, Array],
+        params: Mapping[str, Weight],
         *,
         slots: int = 8,
         prefill_chunk: int = 512,

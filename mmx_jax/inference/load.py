@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from mmx_jax.checkpoint import CheckpointDamagedError, CheckpointStore
 from mmx_jax.config import ModelConfig, RunConfig, StageConfig
@@ -15,6 +14,8 @@ from mmx_jax.config.serialize import from_dict
 from mmx_jax.data import Tokenizer, TokenizerError, check_vocabulary, load_tokenizer
 from mmx_jax.inference.generator import inference_dtypes
 from mmx_jax.model import abstract_params
+from mmx_jax.model.dot import Weight
+from mmx_jax.model.quantize import abstract_quantized_params
 
 
 class LoadError(RuntimeError):
@@ -30,8 +31,8 @@ class Loaded:
     """The stage that the checkpoint was written in; the last one for weights that no training here made."""
     model: ModelConfig
     """The stage's model: with its RoPE base, and with the tokenizer's limits where the configuration sets none."""
-    params: dict[str, Array]
-    """Weights by path, in the dtypes of `inference_dtypes`."""
+    params: dict[str, Weight]
+    """Weights by path, in the dtypes of `inference_dtypes`; those of an int8 checkpoint stay in 8 bits."""
     step: int
     """Number of the checkpoint."""
     metadata: Mapping[str, Any]
@@ -86,11 +87,15 @@ def load_for_inference(folder: str | Path, step: int | None = None) -> Loaded:
     found, only = find_checkpoints(folder)
     step = only if step is None else step
     store = CheckpointStore(found)
-    described: RunConfig = from_dict(_metadata(store, step)["config"])
+    metadata = _metadata(store, step)
+    described: RunConfig = from_dict(metadata["config"])
     dtypes = inference_dtypes(described.model)
-    shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in abstract_params(described.model).items()
-    }
+    shapes: dict[str, Any]
+    if metadata.get("quantization"):
+        shapes = abstract_quantized_params(described.model, dtypes)
+    else:
+        leaves = abstract_params(described.model).items()
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves}
     restored = store.restore({"params": shapes}, step, cast=True)
     run: RunConfig = from_dict(restored.metadata["config"])
     name = restored.metadata.get("progress", {}).get("stage")

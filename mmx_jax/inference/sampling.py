@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.config.checks import at_least, fail
+from mmx_jax.model.dot import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class SamplingConfig:
 GREEDY = SamplingConfig()
 
 
-def trained_ids(config: ModelConfig, params: Mapping[str, Array]) -> Bool[Array, " V"]:
+def trained_ids(config: ModelConfig, params: Mapping[str, Weight]) -> Bool[Array, " V"]:
     """Ids that may be sampled: those with a trained row (INV-41).
 
     An id is barred from `trained_vocab_size` on, or when its row of the embedding or of the head is all zero: its logit
@@ -50,7 +51,8 @@ def trained_ids(config: ModelConfig, params: Mapping[str, Array]) -> Bool[Array,
     Raises:
       ValueError: if no id is left.
     """
-    with_rows = params["head"].any(axis=0) & params["embedding"].any(axis=1)
+    embedding, head = (jnp.asarray(params[name]) for name in ("embedding", "head"))
+    with_rows = head.any(axis=0) & embedding.any(axis=1)
     ids = jnp.arange(config.vocab_size)
     allowed = with_rows & (ids < (config.trained_vocab_size or config.vocab_size))
     if not bool(allowed.any()):

@@ -11,6 +11,8 @@ from mmx_jax.checkpoint import CheckpointStore
 from mmx_jax.convert import ConvertError, compute_logits, export_weights, import_weights, importing, load_params
 from mmx_jax.convert.names import tensor_map
 from mmx_jax.convert.source import read_config
+from mmx_jax.inference import GREEDY, Generator
+from mmx_jax.inference.load import load_for_inference
 from mmx_jax.model import parameter_spec
 from mmx_jax.model.quantize import QuantizedWeight, is_quantizable, quantize_rows
 from tests.fidelity.common import tiny_folder
@@ -63,6 +65,21 @@ def test_measured_logit_error(imported):
     is_quantized = lambda leaf: isinstance(leaf, QuantizedWeight)  # noqa: E731
     widened = jax.tree.map(lambda w: w.widened("float32") if is_quantized(w) else w, quantized, is_leaf=is_quantized)
     np.testing.assert_allclose(ours, compute_logits(config, widened, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_int8_checkpoint_generates_and_is_scored(imported):
+    """Inference restores 8-bit weights as they are and chooses the tokens of its own full forward pass."""
+    folder, _, _ = imported
+    loaded = load_for_inference(folder / "int8")
+    quantized = [path for path, weight in loaded.params.items() if isinstance(weight, QuantizedWeight)]
+    assert any("experts" in path or "ffn" in path for path in quantized)
+    assert not {"embedding", "head"} & set(quantized)
+    config = dataclasses.replace(loaded.model, compute_dtype="float32")
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    chosen = Generator(config, loaded.params, slots=1, kv_dtype="float32").generate([prompt], GREEDY, max_new_tokens=4)[0]
+    tokens = np.array([prompt + chosen], np.int32)
+    logits = compute_logits(config, loaded.params, tokens)
+    assert chosen == logits[0, len(prompt) - 1 : -1].argmax(axis=-1).tolist()
 
 
 def test_int8_checkpoint_is_smaller_verified_and_not_exported(imported):
