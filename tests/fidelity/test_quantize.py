@@ -76,7 +76,8 @@ def test_int8_checkpoint_generates_and_is_scored(imported):
     assert not {"embedding", "head"} & set(quantized)
     config = dataclasses.replace(loaded.model, compute_dtype="float32")
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    chosen = Generator(config, loaded.params, slots=1, kv_dtype="float32").generate([prompt], GREEDY, max_new_tokens=4)[0]
+    generator = Generator(config, loaded.params, slots=1, kv_dtype="float32")
+    chosen = generator.generate([prompt], GREEDY, max_new_tokens=4)[0]
     tokens = np.array([prompt + chosen], np.int32)
     logits = compute_logits(config, loaded.params, tokens)
     assert chosen == logits[0, len(prompt) - 1 : -1].argmax(axis=-1).tolist()
