@@ -27,6 +27,7 @@ EXIT_WRITE = 74
 def main(config: RunConfig) -> int:
     """Runs the configuration; errors that a user can mend end with their exit code and one message."""
     from mmx_jax.checkpoint import CheckpointError, CheckpointWriteError
+    from mmx_jax.convert import ConvertError
     from mmx_jax.data import DataError
     from mmx_jax.inference.load import LoadError
     from mmx_jax.training.errors import Interrupted, TrainingError
@@ -45,7 +46,7 @@ def main(config: RunConfig) -> int:
         fail_with(error, error.exit_code)
     except CheckpointWriteError as error:
         fail_with(error, EXIT_WRITE)
-    except (ConfigError, MeshError, ShardingError, DataError, CheckpointError, LoadError) as error:
+    except (ConfigError, MeshError, ShardingError, DataError, CheckpointError, ConvertError, LoadError) as error:
         fail_with(error, EXIT_CONFIG)
     return 0
 

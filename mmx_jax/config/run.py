@@ -152,7 +152,7 @@ class StageConfig:
     rope_base: float | None = None
     """Base of the rotary frequencies in this stage; None is the model's."""
     init_from: str | None = None
-    """Checkpoint folder that the stage starts from; None is the stage before, or a random initialisation."""
+    """Checkpoints of another run, or a folder of published safetensors (keep=("params",)); None is the stage before."""
     keep: tuple[str, ...] = KEEP
     """What is taken over from `init_from` or from the stage before: any of params, optimizer, step, data."""
     remat: str = "none"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from jax.sharding import Mesh
 from mmx_jax.checkpoint import CheckpointDamagedError, CheckpointStore
 from mmx_jax.checkpoint.store import steps_on_disk
 from mmx_jax.config import ConfigError, RunConfig, StageConfig, first_difference, to_dict
+from mmx_jax.convert import load_safetensors
 from mmx_jax.inference.load import find_checkpoints
 from mmx_jax.model import parameter_spec
 from mmx_jax.training.checkpoints import state_tree
 from mmx_jax.training.errors import CheckpointRefusedError
 from mmx_jax.training.optimizer import learning_rate_factors, make_optimizer
 from mmx_jax.training.progress import Progress
-from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, init_state
+from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, init_state, shardings_of
 
 log = logging.getLogger(__name__)
 
@@ -135,14 +137,17 @@ def _kept_counters(stage: StageConfig, counters: Progress, before: Progress, seq
 
 
 def _from_folder(setup: StageSetup, counters: Progress) -> tuple[TrainState, Progress]:
-    """State and counters of a stage that starts from a checkpoint of another run."""
+    """State and counters of a stage that starts from a checkpoint of another run, or from published safetensors."""
     assert setup.stage.init_from is not None
     keep = setup.stage.keep
+    if any(Path(setup.stage.init_from).glob("*.safetensors")):
+        return _from_safetensors(setup), counters
     folder, number = find_checkpoints(setup.stage.init_from)
     wanted = {name: tree for name, tree in state_tree(setup.abstract).items() if name in keep}
     if "params" not in keep:
         return setup.random_state(), counters
-    restored = CheckpointStore(folder).restore(wanted, number)
+    # Imported weights may be stored in bf16; moments are taken over as they are or not at all.
+    restored = CheckpointStore(folder).restore(wanted, number, cast="optimizer" not in keep)
     params = restored.tree["params"]
     optimizer = restored.tree["optimizer"] if "optimizer" in keep else setup.fresh_optimizer(params)
     if "step" in keep or "data" in keep:
@@ -150,6 +155,24 @@ def _from_folder(setup: StageSetup, counters: Progress) -> tuple[TrainState, Pro
         stages = {stage["name"]: stage for stage in restored.metadata["config"]["stages"]}
         counters = _kept_counters(setup.stage, counters, before, stages[before.stage]["sequence_length"])
     return TrainState(params, optimizer), counters
+
+
+def _from_safetensors(setup: StageSetup) -> TrainState:
+    """State of a stage that starts from published weights: read straight into the shards, with no second copy on disk.
+
+    Raises:
+      ConfigError: the stage keeps more than parameters.
+      ConvertError: the folder does not hold this model; names file and tensor.
+    """
+    stage = setup.stage
+    assert stage.init_from is not None
+    if stage.keep != ("params",):
+        raise ConfigError(
+            f"stage {stage.name!r} starts from the safetensors in {stage.init_from}, which hold parameters only: "
+            f"keep must be ('params',), not {stage.keep!r}"
+        )
+    params = load_safetensors(stage.init_from, setup.config.model, shardings_of(setup.abstract.params))
+    return TrainState(params, setup.fresh_optimizer(params))
 
 
 def saved_steps(store: CheckpointStore) -> list[SavedStep]:
