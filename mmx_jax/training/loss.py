@@ -79,10 +79,18 @@ def _dot(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _chunk_logits(hidden: Array, chunk: Array, index: Array, count: int, vocab: int) -> tuple[Array, Array]:
-    """fp32 logits [B, T, C] of one chunk, -inf beyond the vocabulary, and the chunk's ids [C]."""
-    ids = jnp.arange(chunk.shape[1], dtype=jnp.int32) * count + index
-    return jnp.where(ids < vocab, _dot("BTD,DC->BTC", hidden, chunk), -jnp.inf), ids
+def _chunk_logits(hidden: Array, chunk: Array, index: Array, count: int, vocab: int) -> Array:
+    """fp32 logits [B, T, C] of one chunk, -inf beyond the vocabulary."""
+    logits = _dot("BTD,DC->BTC", hidden, chunk)
+    width = chunk.shape[1]
+    if count * width == vocab:
+        return logits
+    return jnp.where(jnp.arange(width) * count + index < vocab, logits, -jnp.inf)
+
+
+def _place(targets: Array, index: Array, count: int) -> Array:
+    """Where in chunk `index` each target is, -1 for those in other chunks."""
+    return jnp.where(targets % count == index, targets // count, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -99,10 +107,12 @@ def _token_losses_forward(
     def step(carry: tuple[Array, Array, Array], item: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         highest, total, target_logit = carry
         index, chunk = item
-        logits, ids = _chunk_logits(hidden, chunk, index, count, vocab)
+        logits = _chunk_logits(hidden, chunk, index, count, vocab)
         new_highest = jnp.maximum(highest, logits.max(axis=-1))
         total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[..., None]).sum(axis=-1)
-        target_logit += jnp.where(ids == targets[..., None], logits, 0.0).sum(axis=-1)
+        place = _place(targets, index, count)
+        found = jnp.take_along_axis(logits, jnp.maximum(place, 0)[..., None], axis=-1)[..., 0]
+        target_logit += jnp.where(place >= 0, found, 0.0)
         return (new_highest, total, target_logit), None
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
@@ -121,8 +131,9 @@ def _token_losses_backward(
 
     def step(hidden_gradient: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
         index, chunk = item
-        logits, ids = _chunk_logits(hidden, chunk, index, count, vocab)
-        excess = jnp.exp(logits - log_sum[..., None]) - (ids == targets[..., None])
+        logits = _chunk_logits(hidden, chunk, index, count, vocab)
+        is_target = jnp.arange(chunk.shape[1], dtype=jnp.int32) == _place(targets, index, count)[..., None]
+        excess = jnp.exp(logits - log_sum[..., None]) - is_target
         excess = (excess * gradient[..., None]).astype(hidden.dtype)
         hidden_gradient += _dot("BTC,DC->BTD", excess, chunk)
         return hidden_gradient, _dot("BTD,BTC->DC", hidden, excess)
