@@ -1,6 +1,11 @@
 """Quickstart: a small hybrid mixture of experts on Python's own standard library.
 
-make quickstart            (or: python train.py --config configs/quickstart.py)
+    make quickstart            (or: python train.py --config configs/quickstart.py)
+
+Hardware: two CPU cores. A million tokens, a third of the corpus; 1,500 to 2,900 tokens a second were seen while other
+programs ran (6 to 11 minutes), not yet on an idle machine. Result on 310 KB of held-out sources, once, interrupted and
+resumed on the way: 1.792 bits per byte, beside `xz -9` 1.783, bigrams 2.026 and unigrams 2.904. Called again, the run
+goes on from the checkpoint before the decay, for one more budget.
 """
 
 from mmx_jax.config import (
@@ -8,7 +13,6 @@ from mmx_jax.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
     PrepareConfig,
     ReportConfig,
     RunConfig,
@@ -17,11 +21,12 @@ from mmx_jax.config import (
     SourceConfig,
     StageConfig,
     TokenizerConfig,
+    TrainableGroup,
     hybrid_layers,
 )
 
 STORE = "runs/data/stdlib"
-TOKENS = 800_000
+TOKENS = 1_000_000
 
 
 def get_config() -> RunConfig:
@@ -47,16 +52,16 @@ def get_config() -> RunConfig:
     )
     stage = StageConfig(
         sequence_length=256,
-        data=DataConfig(sources=(SourceConfig(name="stdlib", store=STORE),), prepare=(corpus,)),
-        batch=BatchConfig(micro_batch=8, ramp=((0, 8),)),
+        data=DataConfig(sources=(SourceConfig(name="stdlib", store=STORE),), prepare=(corpus,), window_rows=16_384),
+        batch=BatchConfig(micro_batch=4, ramp=((0, 4),)),
         schedule=ScheduleConfig(
             warmup_steps=50,
             phases=(
-                SchedulePhase(until_tokens=TOKENS * 6 // 10, learning_rate=3e-3),
-                SchedulePhase(until_tokens=TOKENS, learning_rate=6e-5, shape="linear"),
+                SchedulePhase(until_tokens=TOKENS * 6 // 10, learning_rate=4e-3),
+                SchedulePhase(until_tokens=TOKENS, learning_rate=8e-5, shape="linear"),
             ),
         ),
-        optimizer=OptimizerConfig(),
+        trainable=(TrainableGroup(pattern="embedding", learning_rate_factor=4.0), TrainableGroup()),
         loss_chunk=4096,
     )
     return RunConfig(
@@ -69,10 +74,12 @@ def get_config() -> RunConfig:
             prompts=("def read_lines(path):\n",),
             continue_finished=True,
             next_commands=(
-                "next:",
-                "  make quickstart                                           trains on, for one more budget",
-                '  python -m mmx_jax.inference.generate {workdir} --prompt "import "',
+                "try next:",
+                "  make quickstart                                   # trains on, for one more budget",
+                "  python -m mmx_jax.inference.generate --checkpoint {workdir} --prompt 'import '",
+                "  python eval.py --checkpoint {workdir}",
                 "  python -m mmx_jax.describe --config configs/quickstart.py",
+                "  tensorboard --logdir {workdir}/tensorboard        # pip install tensorboard",
             ),
         ),
     )

@@ -131,7 +131,8 @@ class _Import:
         files = sorted(
             {(t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for t in source.stored.values()}
         )
-        plan = [layout.FORMAT, PIECE_BYTES, dtype, quantize, sorted(about), files]
+        arrays = [(path, spec.shape) for path, spec in self.specs.items()]
+        plan = [layout.FORMAT, PIECE_BYTES, dtype, quantize, sorted(about), files, repr(source.config), arrays]
         self.fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
     def _dtypes(self, wanted: str | None) -> dict[str, np.dtype]:

@@ -220,6 +220,21 @@ def test_changed_source_starts_anew(tmp_path, monkeypatch):
     assert_same_bits(read_all(export_weights(tmp_path / "work", tmp_path / "out", "hub", progress=False)), changed)
 
 
+def test_changed_config_starts_anew(tmp_path, monkeypatch):
+    """The same tensors under another config.json (4 heads x 16 for 8 x 8) are other arrays: nothing is taken over."""
+    source, tensors = tiny_folder(tmp_path / "source", shards=1)
+    original = importing._Import.commit
+    monkeypatch.setattr(importing._Import, "commit", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError, match="killed"):
+        import_weights(source, tmp_path / "work", progress=False)
+    monkeypatch.setattr(importing._Import, "commit", original)
+    other = hub_config(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    (source / "config.json").write_text(json.dumps(other))
+    import_weights(source, tmp_path / "work", progress=False)
+    assert CheckpointStore(tmp_path / "work" / "checkpoints").verify(0) == []
+    assert_same_bits(read_all(export_weights(tmp_path / "work", tmp_path / "out", "hub", progress=False)), tensors)
+
+
 def test_imported_weights_serve_inference(tmp_path):
     """An imported workdir is a workdir: the command that generates reads it."""
     source, _ = tiny_folder(tmp_path / "source", shards=1, eos_token_id=20)
