@@ -36,16 +36,24 @@ def run_jobs[Job, Result](
             yield job, function(job)
         return
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    futures: dict[Any, Job] = {}
     try:
-        futures: dict[Any, Job] = {pool.submit(function, job): job for job in jobs}
+        for job in jobs:
+            try:
+                futures[pool.submit(function, job)] = job
+            except BrokenProcessPool as error:
+                raise _died(describe(job)) from error
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
             except BrokenProcessPool as error:
-                raise DataError(
-                    f"a worker process died while working on {describe(futures[future])} or a shard beside it (killed, "
-                    "or out of memory); finished shards are kept: run the same command again, with fewer processes if "
-                    "memory is short"
-                ) from error
+                raise _died(describe(futures[future])) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _died(job: str) -> DataError:
+    return DataError(
+        f"a worker process died while working on {job} or a shard beside it (killed, or out of memory); finished shards "
+        "are kept: run the same command again, with fewer processes if memory is short"
+    )
