@@ -54,6 +54,6 @@ def run_jobs[Job, Result](
 
 def _died(job: str) -> DataError:
     return DataError(
-        f"a worker process died while working on {job} or a shard beside it (killed, or out of memory); finished shards "
-        "are kept: run the same command again, with fewer processes if memory is short"
+        f"a worker process died while working on {job} or a shard beside it (killed, or out of memory); finished "
+        "shards are kept: run the same command again, with fewer processes if memory is short"
     )
