@@ -2,10 +2,10 @@
 
     make quickstart            (or: python train.py --config configs/quickstart.py)
 
-Hardware: two CPU cores. A million tokens, a third of the corpus; 1,500 to 2,900 tokens a second were seen while other
-programs ran (6 to 11 minutes), not yet on an idle machine. Result on 310 KB of held-out sources, once, interrupted and
-resumed on the way: 1.792 bits per byte, beside `xz -9` 1.783, bigrams 2.026 and unigrams 2.904. Called again, the run
-goes on from the checkpoint before the decay, for one more budget.
+Hardware: two CPU cores. A million tokens, over a third of the corpus; 1,500 to 2,900 tokens a second were seen while
+other programs ran; at the upper end a million tokens take 350 s. Not yet timed on an idle machine. Result on 310 KB of
+held-out sources, once, interrupted and resumed on the way: 1.792 bits per byte, beside `xz -9` 1.783, bigrams 2.026 and
+unigrams 2.904. Called again, the run goes on from the checkpoint before the decay, for one more budget.
 """
 
 from mmx_jax.config import (

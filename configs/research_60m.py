@@ -6,7 +6,8 @@
 Data: the Collaborative International Dictionary of English, the Linux kernel's documentation and Python's standard
 library, about 20M tokens, each in the proportion of its size; prepared at the first start with one tokenizer of 16,384
 pieces (trained on all three, hence the fourth store). The dictionary is one file: it is cut into documents of 64 KiB.
-Hardware: one H100-class GPU. Wall time and held-out bits per byte by source: not measured.
+Hardware: one H100-class GPU. On an H200 about three minutes each, compilation and evaluation included; held-out bits
+per byte 1.091 (hybrid), 1.082 (softmax), 1.151 (lightning): docs/results.md has them by source.
 """
 
 from dataclasses import replace
