@@ -1,4 +1,4 @@
-"""Command line of the kernel benchmarks; see `--help`."""
+"""Times one operation against this card's ceilings and its peers, all in one run: `--help` lists the operations."""
 
 import argparse
 import dataclasses
@@ -9,15 +9,19 @@ import os
 import sys
 from pathlib import Path
 
+OPERATIONS = {
+    "lightning": "lightning attention, forward and forward + backward",
+    "softmax": "softmax attention: causal, packed, long",
+    "norm_gate": "joint RMSNorm times sigmoid gate, forward and forward + backward",
+    "decode": "one token of lightning attention, states updated in place",
+    "grouped_matmul": "the experts' matrix products, forward and forward + backward",
+}
+"""Each is a module beside this one with `run(peer_names, only) -> list[Row]`; imported when asked for."""
+
 
 def main() -> int:
     """Runs one benchmark and prints its table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
-    parser.add_argument("operation", choices=sorted(path.stem for path in _benchmarks()), help="what to time")
-    parser.add_argument("--peers", default="", help="peers to time in the same run, by name, comma-separated")
-    parser.add_argument("--only", default="", help="time cases whose name contains one of these, comma-separated")
-    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     # Peers on torch share the card.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -25,14 +29,19 @@ def main() -> int:
 
     from pallas_kernels.bench import ceilings, timing
 
+    benchmark = importlib.import_module(f"pallas_kernels.bench.{arguments.operation}")
+    peers = _names(arguments.peers)
+    known = getattr(benchmark, "PEERS", None)
+    if known is not None and not set(peers) <= set(known):
+        print(f"--peers {arguments.peers}: {arguments.operation} knows {', '.join(known)}", file=sys.stderr)
+        return 2
     if jax.default_backend() != "gpu":
         print(f"benchmarks need a GPU; the default backend is {jax.default_backend()}", file=sys.stderr)
         return 1
     device = jax.devices()[0].device_kind
     copy, matmul = ceilings.copy_gbps(), ceilings.matmul_tflops()
     print(f"{device}, jax {jax.__version__}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
-    benchmark = importlib.import_module(f"pallas_kernels.bench.{arguments.operation}")
-    rows = benchmark.run(_names(arguments.peers), _names(arguments.only))
+    rows = benchmark.run(peers, _names(arguments.only))
     print(timing.table(rows, copy, matmul))
     if arguments.json:
         record = {
@@ -47,9 +56,18 @@ def main() -> int:
     return 0
 
 
-def _benchmarks() -> list[Path]:
-    support = {"__init__", "__main__", "timing", "ceilings", "peers"}
-    return [path for path in Path(__file__).parent.glob("*.py") if path.stem not in support]
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench",
+        description=__doc__,
+        epilog="\n".join(f"{name:16}{what}" for name, what in OPERATIONS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("operation", choices=OPERATIONS, help="what to time, see below")
+    parser.add_argument("--peers", default="", help="peers to time in the same run, by name, comma-separated")
+    parser.add_argument("--only", default="", help="time cases whose name contains one of these, comma-separated")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
+    return parser
 
 
 def _names(text: str) -> list[str]:

@@ -25,9 +25,9 @@ NAMES = (*_ACCELERATED, *_PORTABLE)
 """Every name that `implementation=` accepts."""
 
 
-def implementations() -> tuple[str, ...]:
-    """Names the implementations that can run on the present platform, best first."""
-    return (*_candidates(), *_PORTABLE)
+def implementations(operation: Operation = "forward") -> tuple[str, ...]:
+    """Names the implementations that can run an operation on the present platform, best first."""
+    return (*_candidates(operation), *_PORTABLE)
 
 
 @overload
@@ -265,12 +265,13 @@ def _attention_backward(implementation: str | None, return_state: bool, argument
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _candidates() -> tuple[str, ...]:
+def _candidates(operation: Operation) -> tuple[str, ...]:
     platform, capability = dispatch.platform(), dispatch.compute_capability()
     if platform == "tpu":
         return ("mosaic_tpu",)
     if platform == "gpu" and capability is not None and capability >= 8:
-        return ("mosaic_gpu", "triton") if int(capability) == 9 else ("triton",)
+        scans = operation != "decode_step" and int(capability) == 9
+        return ("mosaic_gpu", "triton") if scans else ("triton",)
     return ()
 
 
@@ -290,7 +291,7 @@ def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | N
         return module.supports(operation, q.shape, q.dtype, packed=packed)
 
     title = f"lightning {operation} of {q.dtype.name}{list(q.shape)}{' packed' if packed else ''}"
-    name = dispatch.choose(title, _candidates(), obstacle, fallback="chunked", forced=forced, known=NAMES)
+    name = dispatch.choose(title, _candidates(operation), obstacle, fallback="chunked", forced=forced, known=NAMES)
     return _module(name)
 
 

@@ -5,7 +5,7 @@ are imported at the first call, so that this module can be asked `supports` anyw
 """
 
 import importlib.util
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from jaxtyping import Array, DTypeLike, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State, Token
+from pallas_kernels.triton_launch import launch as _launch
 
 WIDTHS = (16, 32, 64, 128)
+DECODE_COLUMNS, DECODE_WARPS = 64, 4
 
 
 def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool) -> str | None:
@@ -74,7 +76,7 @@ def decode_step(
     from pallas_kernels.lightning import triton_kernels
 
     batch, heads, width = q.shape
-    columns = min(width, 64)
+    columns = min(width, DECODE_COLUMNS)
     slopes = slopes.astype(jnp.float32)
     o, pool = _launch(
         triton_kernels.decode_kernel,
@@ -83,6 +85,7 @@ def decode_step(
         (batch * heads, width // columns),
         {"POOL": state.shape[0], "HEADS": heads, "WIDTH": width, "COLUMNS": columns, "SLOTS": slots is not None},
         aliases={5: 1},
+        warps=DECODE_WARPS,
     )
     return o, pool
 
@@ -159,31 +162,3 @@ def _scan(
         stages=tiling.stages,
     )
     return out, end
-
-
-def _launch(
-    kernel: Any,
-    operands: tuple[Any, ...],
-    out_shape: tuple[jax.ShapeDtypeStruct, ...],
-    grid: tuple[int, int],
-    constants: dict[str, Any],
-    *,
-    aliases: dict[int, int] | None = None,
-    stages: int = 1,
-) -> tuple[jax.Array, ...]:
-    """Calls one Triton kernel, compiled for the GPU at hand or for the target of `dispatch.target`."""
-    import jax_triton
-
-    capability = dispatch.compute_capability()
-    assert capability is not None, "supports() has refused this call"
-    return jax_triton.triton_call(
-        *operands,
-        kernel=kernel,
-        out_shape=out_shape,
-        grid=grid,
-        num_warps=4,
-        num_stages=stages,
-        compute_capability=round(10 * capability),
-        input_output_aliases=aliases,
-        **constants,
-    )

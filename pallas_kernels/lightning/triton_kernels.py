@@ -123,10 +123,12 @@ def decode_kernel(
     across = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token = row_head.to(tl.int64) * WIDTH
     square = (slot.to(tl.int64) * HEADS + head) * (WIDTH * WIDTH) + down[:, None] * WIDTH + across[None, :]
+    # The state first: the rest has barriers before its use, and loads asked for earlier are under way by then.
+    state = tl.load(pool + square, mask=live, other=0.0)
     key = tl.load(k + token + down).to(tl.float32)
     query = tl.load(q + token + down).to(tl.float32)
     value = tl.load(v + token + across)
-    state = tl.load(pool + square, mask=live, other=0.0) * tl.exp(-tl.load(slopes + head))
+    state *= tl.exp(-tl.load(slopes + head))
     state += key[:, None] * value.to(tl.float32)[None, :]
     tl.store(new_pool + square, state, mask=live)
     result = tl.where(live, tl.sum(query[:, None] * state, 0), 0.0)

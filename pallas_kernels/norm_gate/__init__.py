@@ -1,5 +1,5 @@
 """Joint RMSNorm over all heads, gated."""
 
-from pallas_kernels.norm_gate.api import norm_gate
+from pallas_kernels.norm_gate.api import implementations, norm_gate
 
-__all__ = ["norm_gate"]
+__all__ = ["implementations", "norm_gate"]

@@ -1,13 +1,22 @@
 """The joint RMSNorm over all heads times the sigmoid of a gate."""
 
 import functools
+import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import accumulator, alike
+from pallas_kernels import dispatch
+from pallas_kernels.arrays import alike, varying_like
+
+NAMES = ("triton", "xla")
+"""Every name that `implementation=` accepts."""
+
+
+def implementations() -> tuple[str, ...]:
+    """Names the implementations that can run on the present platform, best first."""
+    return (*_candidates(), "xla")
 
 
 def norm_gate(
@@ -15,6 +24,8 @@ def norm_gate(
     gate_logits: Float[Array, "B T N H"],
     weight: Float[Array, "N H"],
     eps: float,
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes cast(x / rms(x)) * weight * sigmoid(gate_logits), rms over all N * H channels of a token.
 
@@ -26,41 +37,67 @@ def norm_gate(
         gate_logits: the gate before its sigmoid, in x's dtype.
         weight: the norm's weight for each channel.
         eps: added to the mean square; MiniMax-01 uses 1e-6.
+        implementation: a name to force; by default the best one for platform, shape and dtype.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or the forced implementation is unknown or cannot run this call.
     """
     if gate_logits.shape != x.shape or weight.shape != x.shape[2:]:
         raise ValueError(
             f"norm_gate: gate_logits must be {list(x.shape)} and weight {list(x.shape[2:])} for x {list(x.shape)}, "
             f"got {list(gate_logits.shape)} and {list(weight.shape)}"
         )
-    return _norm_gate(eps, *alike(x, gate_logits, weight))
+    return _norm_gate(eps, _choose(x, gate_logits, weight, implementation), *alike(x, gate_logits, weight))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm_gate(eps: float, x: jax.Array, gate_logits: jax.Array, weight: jax.Array) -> jax.Array:
-    return _forward(eps, x, gate_logits, weight)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm_gate(eps: float, name: str, x: jax.Array, gate_logits: jax.Array, weight: jax.Array) -> jax.Array:
+    return _forward(eps, name, x, gate_logits, weight)[0]
 
 
-def _forward(eps: float, x: jax.Array, gate_logits: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
-    wide = x.astype(accumulator(x))
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=(2, 3), keepdims=True) + eps)
-    gate = jax.nn.sigmoid(gate_logits.astype(wide.dtype))
-    normed = (wide * inverse).astype(x.dtype).astype(wide.dtype)
-    return (normed * weight.astype(wide.dtype) * gate).astype(x.dtype), (x, gate_logits, weight, inverse)
+def _forward(eps: float, name: str, x: jax.Array, gate_logits: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
+    y, inverse = (varying_like(result, x) for result in _module(name).forward(x, gate_logits, weight, eps))
+    return y, (x, gate_logits, weight, inverse)
 
 
-def _backward(eps: float, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(eps: float, name: str, residuals: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     x, gate_logits, weight, inverse = residuals
-    normed = x.astype(inverse.dtype) * inverse
-    gate = jax.nn.sigmoid(gate_logits.astype(inverse.dtype))
-    weighted = dy.astype(inverse.dtype) * gate
-    dnormed = weighted * weight.astype(inverse.dtype)
-    dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=(2, 3), keepdims=True))
-    dgate = dnormed * normed * (1 - gate)
-    dweight = jnp.sum(weighted * normed, axis=(0, 1))
-    return dx.astype(x.dtype), dgate.astype(gate_logits.dtype), dweight.astype(weight.dtype)
+    gradients = _module(name).backward(x, gate_logits, weight, inverse, dy)
+    return tuple(varying_like(gradient, x) for gradient in gradients)
 
 
 _norm_gate.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"pallas_kernels.norm_gate.{name}")
+
+
+def _candidates() -> tuple[str, ...]:
+    capability = dispatch.compute_capability()
+    return ("triton",) if dispatch.platform() == "gpu" and capability is not None and capability >= 8 else ()
+
+
+def _choose(x: jax.Array, gate_logits: jax.Array, weight: jax.Array, forced: str | None) -> str:
+    """Returns the name of the implementation that runs this call."""
+
+    def obstacle(name: str) -> str | None:
+        if name == "xla":
+            return None
+        if gate_logits.dtype != x.dtype:
+            return f"gate_logits must have x's dtype {x.dtype.name}, not {gate_logits.dtype.name}"
+        if forced is None and _partitioned():
+            return "the compiler may split arrays over devices here, and would gather them for a kernel of one device"
+        return _module(name).supports(weight.size, x.dtype, weight.dtype)
+
+    title = f"norm_gate of {x.dtype.name}{list(x.shape)}"
+    return dispatch.choose(title, _candidates(), obstacle, fallback="xla", forced=forced, known=NAMES)
+
+
+def _partitioned() -> bool:
+    """Says whether the compiler, not `jax.shard_map`, decides which device holds what of an array traced now."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return dispatch.platform() == jax.default_backend() and jax.device_count() > 1
+    return any(mesh.shape[axis] > 1 for axis in (*mesh.auto_axes, *mesh.explicit_axes))

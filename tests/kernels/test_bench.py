@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.bench import __main__, ceilings, lightning, peers, timing
+from pallas_kernels.bench import __main__, ceilings, decode, lightning, norm_gate, peers, timing
 
 
 def test_table_relates_times_to_ceilings_and_peers() -> None:
@@ -50,6 +50,59 @@ def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows[2].note == "not installed"
     assert rows[4].note.startswith("failed: ")
     assert lightning.run([], ["no such case"]) == []
+
+
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short repeat of each measurement."""
+    monkeypatch.setattr(timing.milliseconds, "__defaults__", None)
+    monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
+    monkeypatch.setattr(norm_gate, "CASES", (norm_gate.Case("small", 1, 32, 1),))
+    monkeypatch.setattr(norm_gate, "CACHE_BYTES", 0)
+    monkeypatch.setattr(decode, "CASES", (decode.Case("small", 2, 2, heads=1, slots=True),))
+    monkeypatch.setattr(decode, "REPEATS", 1)
+    monkeypatch.setattr(decode, "STEPS", 4)
+
+
+def test_norm_gate_rows(once: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """Both directions with errors, the XLA form beside ours; a missing peer says so; every row is shown as it comes."""
+    rows = norm_gate.run(["xla", "fla"], [])
+    assert [(row.case, row.implementation) for row in rows] == [
+        (f"small {what}", name) for name in ("ours", "xla", "fla") for what in ("fwd", "fwd+bwd")
+    ]
+    assert [row.bytes for row in rows[:2]] == [3 * 2 * 32 * 128, 8 * 2 * 32 * 128]
+    assert set(rows[1].errors) == {"y", "dx", "dgate", "dweight"}
+    assert 0 < max(rows[1].errors.values()) < 1e-2
+    assert all(row.ms is not None for row in rows[:4])
+    assert rows[4].note == "not installed"
+    assert capfd.readouterr().err.count("small fwd") == 6
+    assert norm_gate.run([], ["no such case"]) == []
+
+
+def test_decode_rows(once: None) -> None:
+    """A step's time, its errors and its bytes: the states in and out, four vectors a head."""
+    ours, xla, missing = decode.run(["xla", "fla_graph"], ["small"])
+    assert ours.bytes == 2 * (2 * 4 * 128 * 128 + 4 * 2 * 128)
+    assert ours.ms is not None
+    assert xla.ms is not None
+    assert max(ours.errors.values()) < 3e-3
+    assert missing.note == "not installed"
+    assert decode.run([], ["no such case"]) == []
+
+
+def test_operations_and_peers_are_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help lists what there is; an unknown operation or peer ends the command before anything is measured."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("lightning", "softmax", "norm_gate", "decode", "grouped_matmul"))
+    monkeypatch.setattr(sys, "argv", ["bench", "sorting"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    monkeypatch.setattr(sys, "argv", ["bench", "decode", "--peers", "xla,jla"])
+    assert __main__.main() == 2
+    assert "decode knows xla, fla, fla_graph" in capsys.readouterr().err
 
 
 def test_command_needs_a_gpu_and_writes_json(

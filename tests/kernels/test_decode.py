@@ -1,24 +1,30 @@
 """One-token steps of lightning attention: they continue a prefill and touch only the slots that they are given."""
 
+import functools
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import lightning
-from tests.kernels import cases
+from pallas_kernels import dispatch, lightning
+from tests.kernels import cases, test_triton
 
 PORTABLE = ("chunked", "dense", "reference")
 attention = jax.jit(lightning.lightning_attention, static_argnames="return_state")
 step = jax.jit(lightning.decode_step, static_argnames="implementation")
+
+compiled = test_triton.compiled
 
 
 def profile(name: str) -> dict:
     return {"dim": 16} if name in PORTABLE else {"dim": 128, "dtype": ml_dtypes.bfloat16}
 
 
-@pytest.mark.parametrize("name", lightning.implementations())
+@pytest.mark.parametrize("name", lightning.implementations("decode_step"))
 @pytest.mark.parametrize("prefill", [1, 64, 70])
 def test_decode_continues_a_prefill(name: str, prefill: int) -> None:
     """INV-08, INV-31: the state of a prefill of any length, then one step a token, equals the whole row at once."""
@@ -37,7 +43,7 @@ def test_decode_continues_a_prefill(name: str, prefill: int) -> None:
     assert cases.relative(state, expected.state) <= cases.bound(x.q.dtype, state=True)
 
 
-@pytest.mark.parametrize("name", lightning.implementations())
+@pytest.mark.parametrize("name", lightning.implementations("decode_step"))
 def test_slots_of_a_pool(name: str) -> None:
     """INV-35: rows go to their slots in any order; ignored rows give 0; other slots keep every bit."""
     slots = np.asarray([5, -1, 0, 3, -1], np.int32)
@@ -69,3 +75,40 @@ def test_donated_states_are_updated_in_place(pooled: bool) -> None:
 
     compiled = jax.jit(donated, donate_argnums=3).lower(x.q[:, 0], x.k[:, 0], x.v[:, 0], x.initial_state).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == x.initial_state.nbytes
+
+
+def lowered_for_hopper(pooled: bool, implementation: str | None = None) -> str:
+    token = jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)
+    states = jax.ShapeDtypeStruct((4, 64, 128, 128), jnp.float32)
+    slopes, slots = jax.ShapeDtypeStruct((64,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def call(q, k, v, state, slopes, slots):
+        return lightning.decode_step(
+            q, k, v, state, slopes, slots=slots if pooled else None, implementation=implementation
+        )
+
+    with dispatch.target("gpu", 9.0):
+        traced = jax.jit(functools.partial(call), donate_argnums=3).trace(token, token, token, states, slopes, slots)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_hopper_has_a_kernel_of_its_own(
+    pooled: bool, compiled: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One kernel, its states aliased, read and written 16 bytes at a time and held in registers; nothing to warn of."""
+    text = lowered_for_hopper(pooled)
+    assert text.count("triton_kernel_call") == 1
+    assert "output_operand_alias" in text
+    assert not caplog.records
+    (kernel,) = compiled
+    assert "ld.global.v4.b32" in kernel.binary
+    assert "st.global.v4.b32" in kernel.binary
+    assert test_triton.spilled_bytes(kernel.binary, tmp_path) == 0
+
+
+def test_the_portable_form_can_be_forced_anywhere() -> None:
+    """By name, also where a kernel would have been chosen; a name without a decode step says so."""
+    assert "triton_kernel_call" not in lowered_for_hopper(False, "chunked")
+    with pytest.raises(ValueError, match="'mosaic_gpu' cannot run this call"):
+        lowered_for_hopper(False, "mosaic_gpu")

@@ -1,9 +1,10 @@
-"""Runs the Triton kernels of lightning attention in Triton's interpreter, without a GPU and without torch.
+"""Runs the Triton kernels of a module in Triton's interpreter, without a GPU and without torch.
 
 The interpreter replaces `triton.jit` when the process starts, so this is a program of its own: it reads a pickled list
 of calls (function name, positional arguments as NumPy arrays) from standard input and writes the pickled results.
 """
 
+import importlib
 import os
 import pickle
 import sys
@@ -53,13 +54,14 @@ def launch(
     kernel: Any,
     operands: tuple[Any, ...],
     out_shape: tuple[jax.ShapeDtypeStruct, ...],
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     constants: dict[str, Any],
     *,
     aliases: dict[int, int] | None = None,
     stages: int = 1,
+    warps: int = 4,
 ) -> tuple[jax.Array, ...]:
-    """Stands in for `triton._launch`. Outputs that alias no input are filled with a number that would be noticed."""
+    """Stands in for `triton_launch.launch`. Outputs that alias no input hold a number that would be noticed."""
     inputs = [HostTensor(np.array(x)) for x in operands]
     sources = {output: source for source, output in (aliases or {}).items()}
     outputs = [
@@ -92,14 +94,13 @@ def widen_bf16_dots() -> None:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("set TRITON_INTERPRET=1 before Python starts")
-    from pallas_kernels.lightning import triton
-
+    module = importlib.import_module(sys.argv[1] if len(sys.argv) > 1 else "pallas_kernels.lightning.triton")
     widen_bf16_dots()
-    triton._launch = launch
+    module._launch = launch
     results = []
     for function, arguments in pickle.load(sys.stdin.buffer):
         arguments = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arguments]
-        results.append(jax.tree.map(np.asarray, getattr(triton, function)(*arguments)))
+        results.append(jax.tree.map(np.asarray, getattr(module, function)(*arguments)))
     pickle.dump(results, sys.stdout.buffer)
 
 
