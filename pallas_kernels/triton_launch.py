@@ -1,5 +1,6 @@
 """How a Triton kernel becomes a call in a jitted function, for every operation that has one."""
 
+import os
 from typing import Any
 
 import jax
@@ -30,11 +31,9 @@ def launch(
         stages: depth of software pipelining in loops over matrix products.
         warps: warps a program.
     """
-    import jax_triton
-
     capability = dispatch.compute_capability()
     assert capability is not None, "supports() has refused this call"
-    return jax_triton.triton_call(
+    return _jax_triton().triton_call(
         *operands,
         kernel=kernel,
         out_shape=out_shape,
@@ -45,3 +44,15 @@ def launch(
         input_output_aliases=aliases,
         **constants,
     )
+
+
+def _jax_triton() -> Any:
+    """Imports jax-triton, and puts back the cache directory that its import takes from every other user of Triton."""
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if cache is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    else:
+        os.environ["TRITON_CACHE_DIR"] = cache
+    return jax_triton
