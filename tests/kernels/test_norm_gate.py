@@ -101,19 +101,24 @@ def interpreted() -> dict[str, Results]:
     return {name: (y, b) for name, (y, _), b in zip(CASES, forwards, backwards, strict=True)}
 
 
+@functools.cache
+def compiled_results(implementation: str, name: str) -> Results:
+    """What an implementation of the present platform returns for a case."""
+
+    @jax.jit
+    def both(x: jax.Array, gate_logits: jax.Array, weight: jax.Array, dy: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda *a: norm_gate(*a, EPS, implementation=implementation), x, gate_logits, weight)
+        return y, pull(dy)
+
+    return jax.tree.map(np.asarray, both(*map(jnp.asarray, CASES[name])))
+
+
 @pytest.fixture(params=ALL)
 def run(request: pytest.FixtureRequest) -> Run:
     """Gives a function from a case's name to the output and the gradients of one implementation."""
     if INTERPRETED and request.param == "triton":
         return request.getfixturevalue("interpreted").__getitem__
-
-    @jax.jit
-    def both(*arguments: jax.Array) -> Any:
-        forward = functools.partial(norm_gate, eps=EPS, implementation=request.param)
-        y, pull = jax.vjp(lambda x, gate, weight: forward(x, gate, weight), *arguments[:3])
-        return y, pull(arguments[3])
-
-    return lambda name: jax.tree.map(np.asarray, both(*map(jnp.asarray, CASES[name])))
+    return functools.partial(compiled_results, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)
