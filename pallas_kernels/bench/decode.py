@@ -142,10 +142,12 @@ def _device_microseconds(call: Callable[[], None]) -> float | None:
         except Exception:  # a machine may refuse profiling
             return None
         files = list(Path(folder).rglob("*.xplane.pb"))
-        planes = jax.profiler.ProfileData.from_file(str(files[0])).planes if files else []
+        if not files:
+            return None
+        profile = jax.profiler.ProfileData.from_file(str(files[0]))
         durations = [
             event.duration_ns / 1e3
-            for plane in planes
+            for plane in profile.planes
             if plane.name.startswith("/device:GPU")
             for line in plane.lines
             for event in line.events
