@@ -4,6 +4,7 @@ from mmx_jax.config.checks import ConfigError
 from mmx_jax.config.data import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from mmx_jax.config.model import LIGHTNING, SOFTMAX, ModelConfig, hybrid_layers
 from mmx_jax.config.run import (
+    IN_ORDER,
     KEEP,
     MESH_AXES,
     BatchConfig,
@@ -16,12 +17,14 @@ from mmx_jax.config.run import (
     RunConfig,
     ScheduleConfig,
     SchedulePhase,
+    SequenceSplit,
     StageConfig,
     TrainableGroup,
 )
 from mmx_jax.config.serialize import first_difference, from_dict, to_dict
 
 __all__ = [
+    "IN_ORDER",
     "KEEP",
     "LIGHTNING",
     "MESH_AXES",
@@ -40,6 +43,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SchedulePhase",
+    "SequenceSplit",
     "SourceConfig",
     "StageConfig",
     "TokenizerConfig",

@@ -133,6 +133,28 @@ class TrainableGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceSplit:
+    """How rows are split over the mesh's sequence axis (docs/sequence_parallelism.md); changes no result."""
+
+    order: str = "zigzag"
+    """"zigzag" gives each rank an early and a late stripe of a row, the same work for all; "contiguous" gives one."""
+    exchange: str = "gather"
+    """What softmax layers do for keys and values: "gather" all of them, or pass them around a "ring" (less memory)."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "order", ("contiguous", "zigzag"))
+        one_of(self, "exchange", ("gather", "ring"))
+
+    def stripes(self, ranks: int) -> int:
+        """Into how many equal stripes a row is cut; its length is a multiple."""
+        return ranks * (2 if self.order == "zigzag" else 1) if ranks > 1 else 1
+
+
+IN_ORDER = SequenceSplit(order="contiguous")
+"""The split of rows that nobody rearranged."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage of a run: what is trained, on what, for how long, starting from what."""
 
@@ -157,6 +179,8 @@ class StageConfig:
     """What is taken over from `init_from` or from the stage before: any of params, optimizer, step, data."""
     remat: str = "none"
     """Rematerialisation: "none", "attention" (keeps attention outputs), "layer" (keeps only layer inputs), "dots"."""
+    split: SequenceSplit = SequenceSplit()
+    """How rows lie on a mesh whose sequence axis is larger than 1."""
     loss_chunk: int = 32_768
     """Tokens times vocabulary are never held whole: the loss runs over chunks of so many vocabulary entries."""
 
@@ -254,3 +278,7 @@ class RunConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             fail(self, "stages", f"names must differ, got {names}")
+        for stage in self.stages:
+            stripes = stage.split.stripes(self.mesh.sequence)
+            if stage.sequence_length % stripes:
+                fail(stage, "sequence_length", f"must be a multiple of the {stripes} stripes that rows are split into")

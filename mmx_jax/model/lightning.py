@@ -14,6 +14,7 @@ from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import LayerCache, Layout
 from pallas_kernels.lightning import decode_step, lightning_attention
 from pallas_kernels.norm_gate import norm_gate
+from parallel import lasp
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -73,8 +74,7 @@ class LightningAttention(nnx.Module):
         """Attention output and, when `cached` holds a state, the state after each row's last real token (fp32)."""
         q, k, v = self.project(x)
         if not cached:
-            mixed = lightning_attention(q, k, v, slopes, segment_ids=layout.segment_ids)
-            return self.finish(mixed, x), ()
+            return self.finish(_mixed(q, k, v, slopes, layout), x), ()
         (state,) = cached
         if x.shape[1] > 1:
             mixed, state = lightning_attention(
@@ -84,3 +84,16 @@ class LightningAttention(nnx.Module):
             step, new = decode_step(q[:, 0], k[:, 0], v[:, 0], state, slopes)
             mixed, state = step[:, None], jnp.where(layout.real[:, :, None, None], new, state)
         return self.finish(mixed, x), (state,)
+
+
+def _mixed(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    slopes: Float[Array, " N"],
+    layout: Layout,
+) -> Float[Array, "B T N H"]:
+    """Attention of whole packed rows, or of rows that are split over the mesh."""
+    if layout.split is None or layout.passage is None:
+        return lightning_attention(q, k, v, slopes, segment_ids=layout.segment_ids)
+    return lasp.lightning_attention(q, k, v, slopes, layout.segment_ids, layout.passage, order=layout.split.order)

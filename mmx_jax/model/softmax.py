@@ -11,6 +11,7 @@ from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import LayerCache, Layout
 from mmx_jax.model.rope import rotate
 from pallas_kernels.softmax import softmax_attention
+from parallel import context
 
 
 def append(
@@ -48,5 +49,11 @@ class SoftmaxAttention(nnx.Module):
             keys, values = cached
             cached = (append(keys, k, layout.k_end), append(values, v, layout.k_end))
             k, v = (entries.astype(q.dtype) for entries in cached)
-        mixed = softmax_attention(q, k, v, k_start=layout.k_start, k_end=layout.k_end, scale=self.scale)
+        if layout.split is None:
+            mixed = softmax_attention(q, k, v, k_start=layout.k_start, k_end=layout.k_end, scale=self.scale)
+        else:
+            order, exchange = layout.split.order, layout.split.exchange
+            mixed = context.softmax_attention(
+                q, k, v, layout.k_start, layout.k_end, scale=self.scale, order=order, exchange=exchange
+            )
         return self.dot.einsum("BTNH,NHD->BTD", mixed, self.out[...]), cached

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import IN_ORDER, ModelConfig, SequenceSplit
 from mmx_jax.model.block import Block
 from mmx_jax.model.cache import Cache
 from mmx_jax.model.dot import DotPolicy, Weight
@@ -19,6 +19,7 @@ from mmx_jax.model.lightning import layer_slopes
 from mmx_jax.model.moe import RouterStats, balance_loss
 from mmx_jax.model.norm import rms_norm
 from mmx_jax.model.plan import Section, layer_plan
+from parallel.lasp import ENTERING_STATE
 from parallel.sharding import constrain
 
 
@@ -36,11 +37,15 @@ class Aux:
 
 
 REMAT_POLICIES = {
-    "layer": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.save_only_these_names(ENTERING_STATE),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention", ENTERING_STATE),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ENTERING_STATE),
+    ),
 }
-"""What the backward pass keeps of a layer; "none" keeps everything."""
+"""What the backward pass keeps of a layer; "none" keeps everything. All keep the states that were gathered over the
+sequence axis: they are small, and gathering is slow."""
 
 
 class TextModel(nnx.Module):
@@ -75,6 +80,7 @@ class TextModel(nnx.Module):
         cache: Cache | None = None,
         *,
         train: bool = False,
+        split: SequenceSplit = IN_ORDER,
     ) -> tuple[Float[Array, "B T D"], Aux, Cache | None]:
         """All layers and the final norm.
 
@@ -85,13 +91,15 @@ class TextModel(nnx.Module):
             With a cache, the real tokens of a row continue that row.
           cache: earlier tokens, or None.
           train: whether expert capacity applies.
+          split: without a cache, how the tokens lie on the mesh's sequence axis (`parallel.stripes.arrange`); the
+            default is their natural order.
 
         Returns:
           Hidden states after the final norm, what the layers report, and the cache with the new tokens (None without).
         """
         c = self.config
         if cache is None:
-            layout = packed_layout(positions, segment_ids, c.rotary_dim, c.rope_base)
+            layout = packed_layout(positions, segment_ids, c.rotary_dim, c.rope_base, split)
         else:
             layout = cached_layout(positions, segment_ids, cache.lengths, c.rotary_dim, c.rope_base)
         x = DotPolicy(c.compute_dtype).cast(embeddings)

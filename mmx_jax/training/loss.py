@@ -9,25 +9,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mmx_jax.config import StageConfig
+from mmx_jax.config import IN_ORDER, SequenceSplit, StageConfig
 from mmx_jax.data import Batch
 from mmx_jax.model import TextModel
 from parallel.sharding import constrain
+from parallel.stripes import arrange
 
 Metrics = dict[str, Array]
 Loss = Callable[[TextModel, Batch], tuple[Float[Array, ""], Metrics]]
 
 
 def next_token_loss(
-    model: TextModel, batch: Batch, *, vocab_chunk: int, num_sources: int
+    model: TextModel, batch: Batch, *, vocab_chunk: int, num_sources: int, split: SequenceSplit = IN_ORDER
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean negative log-likelihood of the targets under the loss mask, plus the weighted load-balancing loss.
 
     Metrics: "loss" (without the balancing loss) and "aux_loss" (without its coefficient), fp32 scalars in nats;
     "source_loss" and "source_tokens" [S]: sums over the masked tokens of each source; "load" [L, E] and "dropped" [L].
     """
+    batch = arrange(batch, split.order)
     embeddings = model.embed(batch.tokens)
-    hidden, aux, _ = model.backbone(embeddings, batch.positions, batch.segment_ids, train=True)
+    hidden, aux, _ = model.backbone(embeddings, batch.positions, batch.segment_ids, train=True, split=split)
     with jax.named_scope("loss"):
         nll = token_losses(hidden, model.head_weight[...], batch.targets, vocab_chunk) * batch.loss_mask
         loss = nll.sum() / jnp.maximum(batch.loss_mask.sum(), 1.0)
@@ -46,7 +48,8 @@ def next_token_loss(
 def loss_function(stage: StageConfig) -> Loss:
     """The loss that a stage names, with the stage's settings."""
     losses = {"next_token": next_token_loss}
-    return partial(losses[stage.loss], vocab_chunk=stage.loss_chunk, num_sources=len(stage.data.sources))
+    sources = len(stage.data.sources)
+    return partial(losses[stage.loss], vocab_chunk=stage.loss_chunk, num_sources=sources, split=stage.split)
 
 
 def token_losses(
