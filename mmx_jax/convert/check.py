@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import WeightsMismatchError
+from mmx_jax.convert.errors import ConvertError
+from mmx_jax.convert.hf_config import check_model
 from mmx_jax.convert.names import expected_tensors, names_sha256, tensor_map
 from mmx_jax.convert.source import SourceFolder
 from mmx_jax.model import parameter_spec
@@ -55,10 +56,12 @@ def check_conversion(config: ModelConfig | None, source: str | Path | None = Non
 
     Raises: ConvertError and its kinds.
     """
+    if config is not None:
+        check_model(config, "the configuration")
     folder = None if source is None else SourceFolder(source, config)
     if config is None:
         if folder is None:
-            raise WeightsMismatchError("check", ["needs a configuration or a folder"])
+            raise ConvertError("nothing to check: needs a configuration, a folder, or both")
         config = folder.config
     tensors = tensor_map(config)
     elements = {name: _elements(tensor.shape) for name, tensor in tensors.items()}

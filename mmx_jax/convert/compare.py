@@ -1,5 +1,6 @@
 """Two sets of weights compared tensor by tensor, whatever format each is in."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from mmx_jax.convert.source import CONFIG_FILE
 from mmx_jax.convert.stored import StoredWeights
 
 ROWS_BYTES = 32 * 2**20
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,12 @@ class TensorDifference:
 
     name: str
     problem: str
-    """"equal", "values", "dtype" (equal values), "shape", "only in the first" or "only in the second"."""
+    """"equal", "values", "bits" (equal values: the sign of a zero, a kind of NaN), "dtype" (equal values), "shape",
+    "only in the first" or "only in the second"."""
     largest: float = 0.0
-    """Largest absolute difference."""
+    """Largest absolute difference; infinite where NaN or infinity meets anything else."""
     relative: float = 0.0
-    """Largest absolute difference over the largest magnitude of the first."""
+    """Largest absolute difference over the largest finite magnitude of the first."""
 
 
 class _Folder:
@@ -81,19 +84,37 @@ def compare_weights(first: str | Path, second: str | Path) -> Iterator[TensorDif
 
 def _values(a: _Folder | _Checkpoint, b: _Folder | _Checkpoint, name: str, shape: tuple[int, ...]) -> TensorDifference:
     largest = magnitude = 0.0
-    equal = True
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * 8
+    same_bits = True
+    count = shape[0] if shape else 1  # a scalar is read as one row
+    row_bytes = max(1, math.prod(shape[1:])) * np.dtype(np.float64).itemsize
     step = max(1, ROWS_BYTES // row_bytes)
-    for start in range(0, shape[0], step):
-        left, right = (source.read_rows(name, start, min(start + step, shape[0])) for source in (a, b))
-        same = left.dtype == right.dtype and np.array_equal(left.view(np.uint8), right.view(np.uint8))
-        if same:
+    for start in range(0, count, step):
+        left, right = (source.read_rows(name, start, min(start + step, count)) for source in (a, b))
+        if left.dtype == right.dtype and np.array_equal(_bits(left), _bits(right)):
             continue
-        left, right = left.astype(np.float64), right.astype(np.float64)
+        same_bits = False
+        gap, size = _gap(left.astype(np.float64), right.astype(np.float64))
+        largest, magnitude = max(largest, gap), max(magnitude, size)
+    if largest > 0:
+        return TensorDifference(name, "values", largest, largest / max(magnitude, TINY))
+    if a.dtype(name) != b.dtype(name):
+        return TensorDifference(name, "dtype")
+    return TensorDifference(name, "equal" if same_bits else "bits")
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _gap(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Largest absolute difference and largest finite magnitude of the first.
+
+    NaN equals NaN and an infinity equals itself; anything else that is not finite is infinitely far away.
+    """
+    if not left.size:
+        return 0.0, 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(left - right)
-        equal = equal and bool(np.array_equal(left, right))
-        largest = max(largest, float(gap.max()))
-        magnitude = max(magnitude, float(np.abs(left).max()))
-    if not equal:
-        return TensorDifference(name, "values", largest, largest / max(magnitude, 1e-300))
-    return TensorDifference(name, "equal" if a.dtype(name) == b.dtype(name) else "dtype")
+    gap[(left == right) | (np.isnan(left) & np.isnan(right))] = 0.0
+    gap[np.isnan(gap)] = np.inf
+    return float(gap.max()), float(np.abs(left, where=np.isfinite(left), out=np.zeros_like(left)).max())

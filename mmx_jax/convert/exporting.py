@@ -9,19 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.errors import ConvertError
-from mmx_jax.convert.hf_config import FORMATS, NATIVE_BLOCK, config_json
+from mmx_jax.convert.files import new_output
+from mmx_jax.convert.hf_config import FORMATS, NATIVE_BLOCK, config_json, end_of_text_ids, parse_json
 from mmx_jax.convert.importing import DTYPES, PIECE_BYTES, workers
 from mmx_jax.convert.names import decay_buffers
 from mmx_jax.convert.progress import ByteProgress
 from mmx_jax.convert.safetensors import INDEX_FILE, SINGLE_FILE, PlannedTensor, create_file
-from mmx_jax.convert.source import CONFIG_FILE, GENERATION_FILE, copy_tokenizer
+from mmx_jax.convert.source import CONFIG_FILE, GENERATION_FILE, read_companions, read_tokenizer
 from mmx_jax.convert.stored import StoredWeights
+from mmx_jax.data.tokenizer import FILE_NAMES
 
 MAX_SHARD = 5 * 10**9
 PATCH_FILE = "minimax_partial_rope.py"
@@ -161,7 +164,7 @@ def export_weights(
       step: which step; None takes the newest.
       dtype: "bf16", "fp32", or None for the stored dtypes.
       max_shard: bytes of a file at most (one tensor may be more).
-      tokenizer: folder with tokenizer files; None takes the workdir's.
+      tokenizer: folder with a tokenizer that fits the model; None takes the workdir's files.
       progress: draws a progress bar on a terminal.
 
     Returns: `output`.
@@ -169,41 +172,73 @@ def export_weights(
     """
     if form not in FORMATS:
         raise ConvertError(f"format {form!r}; known are {', '.join(FORMATS)}")
-    output = Path(output).absolute()
-    if output.exists():
-        raise ConvertError(f"{output} is there already; choose another folder, or remove it")
+    output, partial = new_output(output)
     weights = StoredWeights(checkpoint, step)
+    place = weights.folder.parent if tokenizer is None else Path(tokenizer)
+    files = _companions(weights.config, place, needed=tokenizer is not None)
+    generation = _generation_config(files.pop(GENERATION_FILE, None), place / GENERATION_FILE, weights.config)
     job = _Export(weights, form, dtype, max_shard)
     kinds = {str(kind) for shard in job.shards for name, kind, _ in shard.tensors if name in weights.tensors}
     config = config_json(weights.config, form, kinds.pop() if len(kinds) == 1 else "float32")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    config["eos_token_id"] = generation.get("eos_token_id")
+    files[CONFIG_FILE] = _json_bytes(config)
+    files[GENERATION_FILE] = _json_bytes(generation)
+    if form == "transformers" and weights.config.rotary_dim != weights.config.head_dim:
+        files[PATCH_FILE] = resources.files("mmx_jax.convert").joinpath("transformers_patch.py").read_bytes()
+    created = False
     try:
-        partial.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        created = True
         with ByteProgress("export", job.nbytes, progress) as bar:
             job.write(partial, bar)
-        copy_tokenizer(Path(tokenizer) if tokenizer else weights.folder.parent, partial)
-        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        _generation_config(partial / GENERATION_FILE, weights.config)
-        if form == "transformers" and weights.config.rotary_dim != weights.config.head_dim:
-            patch = resources.files("mmx_jax.convert").joinpath("transformers_patch.py").read_text()
-            (partial / PATCH_FILE).write_text(patch)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
         partial.rename(output)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConvertError(f"{partial}: the export was not written: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise ConvertError(f"{output}: the export was not written: {error}") from error
+    finally:
+        if created:  # gone already when all went well; anything of this name is ours
+            shutil.rmtree(partial, ignore_errors=True)
     logging.info("exported %.2f GB in %.1f s", job.nbytes / 1e9, bar.seconds)
     return output
 
 
-def _generation_config(path: Path, config: ModelConfig) -> None:
-    """Where generation ends (INV-42) and which ids it must not choose (INV-41); keys that came with the model stay."""
-    data = json.loads(path.read_text()) if path.is_file() else {}
-    if config.end_of_text_id is not None:
-        data["eos_token_id"] = config.end_of_text_id
+def _json_bytes(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def _companions(config: ModelConfig, place: Path, *, needed: bool) -> dict[str, bytes]:
+    """The tokenizer's files and the generation config of a folder.
+
+    Raises: ConvertError when the tokenizer cannot be used, has more ids than the model, or is needed and not there.
+    """
+    if not place.is_dir():
+        raise ConvertError(f"{place}: no such folder; name one with tokenizer files")
+    tokenizer = read_tokenizer(place)
+    if tokenizer is None:
+        if needed:
+            raise ConvertError(f"{place}: holds neither {' nor '.join(FILE_NAMES)}")
+        logging.warning("%s has no tokenizer, so the export has none; --tokenizer names a folder with one", place)
+    elif tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}"
+        raise ConvertError(f"{tokenizer.file}: has {sizes}; it is not this model's tokenizer")
+    return read_companions(place)
+
+
+def _generation_config(known: bytes | None, where: Path, config: ModelConfig) -> dict[str, Any]:
+    """Where generation ends (INV-42) and which ids it must not choose (INV-41); keys that came with the model stay.
+
+    The model's own end-of-text id comes first; further ids stay when the known ones include it.
+    """
+    data = {} if known is None else parse_json(known, where)
+    ids = end_of_text_ids(data, where)
+    end = config.end_of_text_id
+    if end is not None:
+        others = [token for token in ids if token != end] if end in ids else []
+        data["eos_token_id"] = [end, *others] if others else end
+        if end not in ids and ids:
+            logging.warning("%s: generation ends at %s; the model's own id, %d, is exported", where, list(ids), end)
     if config.trained_vocab_size is not None and config.trained_vocab_size < config.vocab_size:
         data["suppress_tokens"] = list(range(config.trained_vocab_size, config.vocab_size))
-    path.write_text(json.dumps({"use_cache": True} | data, indent=2) + "\n")
+    return {"use_cache": True} | data

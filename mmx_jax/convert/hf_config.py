@@ -5,13 +5,15 @@ the model's and are never assumed.
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmx_jax.config import LIGHTNING, SOFTMAX, ConfigError, ModelConfig
 from mmx_jax.convert.errors import ConfigSchemaError
+from mmx_jax.convert.files import read_bounded
+from mmx_jax.convert.names import expected_tensors
 
 HUB_TYPES = ("minimax_text_01", "MiniMaxText01")
 NATIVE_TYPE = "minimax"
@@ -21,6 +23,14 @@ LIGHTNING_NORM_EPS = 1e-6
 """Fixed in the code of both schemas; no key."""
 NATIVE_BLOCK = 256
 RELEASED_POSITIONS = 10_240_000
+JSON_BYTES = 64 * 2**20
+"""More than any configuration has."""
+LARGEST_SIZE = 2**31 - 1
+LARGEST_FLOAT = sys.float_info.max
+SMALLEST_FLOAT32 = 2.0**-126
+SHOWN_CHARACTERS = 120
+MOST_TENSORS = 300_000
+"""Forty times the released model's; more is a mistake in a configuration, and only to list them would take minutes."""
 
 # Branch of ours, then the key of the hub schema and of the native one, without _alpha / _alpha_factor.
 BRANCH_KEYS = (
@@ -58,21 +68,30 @@ class _Reader:
     def integer(self, key: str) -> int:
         value = self.need(key)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, f"is {value!r}; it must be an integer")
+            raise self.fail(key, f"is {shown(value)}; it must be an integer")
+        if not 0 <= value <= LARGEST_SIZE:
+            raise self.fail(key, f"is {shown(value)}; it must lie in 0 .. {LARGEST_SIZE}")
         return value
 
     def number(self, key: str) -> float:
         return self.as_number(key, self.need(key))
 
     def as_number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fail(key, f"is {value!r}; it must be a finite number")
+        # Compared, not tested with isfinite: an integer may be too large for a float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FLOAT:
+            raise self.fail(key, f"is {shown(value)}; it must be a finite number")
         return float(value)
 
     def only(self, key: str, *allowed: Any) -> None:
         """Checks that a key that may be missing holds the one behaviour that is implemented."""
         if key in self.data and self.data[key] not in allowed:
-            raise self.fail(key, f"is {self.data[key]!r}; only {' or '.join(map(repr, allowed))} is supported")
+            raise self.fail(key, f"is {shown(self.data[key])}; only {' or '.join(map(repr, allowed))} is supported")
+
+
+def shown(value: Any) -> str:
+    """A value from a file as it appears in a message."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _layers(r: _Reader) -> tuple[str, ...]:
@@ -104,7 +123,7 @@ def _rope(r: _Reader, native: bool, head_dim: int) -> tuple[float, int]:
         raise r.fail("rope_parameters", "must be an object")
     r.only("rope_scaling", None)
     if parameters.get("rope_type", "default") != "default":
-        raise r.fail("rope_parameters", f"rope_type {parameters['rope_type']!r}; only 'default' is supported")
+        raise r.fail("rope_parameters", f"rope_type {shown(parameters['rope_type'])}; only 'default' is supported")
     bases = [
         r.as_number("rope_theta", d["rope_theta"]) for d in (r.data, parameters) if d.get("rope_theta") is not None
     ]
@@ -115,7 +134,10 @@ def _rope(r: _Reader, native: bool, head_dim: int) -> tuple[float, int]:
     dims = [] if r.data.get("rotary_dim") is None else [r.integer("rotary_dim")]
     for holder in (r.data, parameters):
         if holder.get("partial_rotary_factor") is not None:
-            dims.append(round(head_dim * r.as_number("partial_rotary_factor", holder["partial_rotary_factor"])))
+            factor = r.as_number("partial_rotary_factor", holder["partial_rotary_factor"])
+            if not 0 <= factor <= 1:
+                raise r.fail("partial_rotary_factor", f"is {factor:g}; it must lie in 0 .. 1")
+            dims.append(round(head_dim * factor))
     if not dims and not native:
         raise r.fail("rotary_dim", "is missing; the hub schema must say how many dims of a head are rotated")
     if len(set(dims)) > 1:
@@ -135,13 +157,10 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
     r = _Reader(data, where)
     kind = r.need("model_type")
     if kind in VISION_TYPES:
-        text = r.need("text_config")
-        if not isinstance(text, Mapping):
-            raise r.fail("text_config", "must be an object")
-        return parse_config({"model_type": HUB_TYPES[0]} | dict(text), f"{where}, text_config")
+        return parse_config(_text_part(r), f"{where}, text_config")
     native = kind == NATIVE_TYPE
     if not native and kind not in HUB_TYPES:
-        raise r.fail("model_type", f"is {kind!r}; known are {', '.join((*HUB_TYPES, NATIVE_TYPE, *VISION_TYPES))}")
+        raise r.fail("model_type", f"is {shown(kind)}; known are {', '.join((*HUB_TYPES, NATIVE_TYPE, *VISION_TYPES))}")
     r.only("hidden_act", "silu")
     r.only("tie_word_embeddings", False)
     r.only("shared_intermediate_size", 0, [0], None)
@@ -159,8 +178,9 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
         for factor in ("alpha", "beta"):
             key = f"{native_key}_{factor}_factor" if native else f"{hub_key}_{factor}"
             scales[f"{branch}_{factor}"] = r.number(key)
+    ids = end_of_text_ids(data, where)
     try:
-        return ModelConfig(
+        config = ModelConfig(
             **sizes,
             **scales,
             head_dim=head_dim,
@@ -172,14 +192,59 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
             lightning_norm_eps=LIGHTNING_NORM_EPS,
             aux_loss="hub",
             aux_loss_coefficient=r.number("router_aux_loss_coef"),
-            end_of_text_id=_first(data.get("eos_token_id")),
+            end_of_text_id=ids[0] if ids else None,
         )
     except ConfigError as error:
         raise ConfigSchemaError(where, "config", str(error)) from error
+    check_model(config, where)
+    return config
 
 
-def _first(ids: Any) -> int | None:
-    return next(iter(ids), None) if isinstance(ids, list) else ids
+def _text_part(r: _Reader) -> dict[str, Any]:
+    """The configuration of the text model inside that of a vision model."""
+    text = r.need("text_config")
+    if not isinstance(text, Mapping):
+        raise r.fail("text_config", "must be an object")
+    if text.get("model_type", HUB_TYPES[0]) in VISION_TYPES:
+        raise r.fail("text_config", "is a vision model again; it must be the text model")
+    return {"model_type": HUB_TYPES[0]} | dict(text)
+
+
+def end_of_text_ids(data: Mapping[str, Any], where: Path | str) -> tuple[int, ...]:
+    """The ids under `eos_token_id` of a config.json or a generation_config.json: none, one or several, in order.
+
+    Raises: ConfigSchemaError for what is neither an id nor a list of ids.
+    """
+    r = _Reader(data, where)
+    if data.get("model_type") in VISION_TYPES:
+        r = _Reader(_text_part(r), f"{where}, text_config")
+    found = r.data.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(token) is not int or not 0 <= token <= LARGEST_SIZE for token in ids):
+        raise r.fail("eos_token_id", f"is {shown(found)}; it must be an id or a list of ids")
+    return tuple(dict.fromkeys(ids))
+
+
+def check_model(config: ModelConfig, where: Path | str) -> None:
+    """Checks what must hold before the tensors of a model are listed: their number, and factors that silence no branch.
+
+    Raises: ConfigSchemaError naming the field.
+    """
+    if (count := expected_tensors(config)) > MOST_TENSORS:
+        reason = f"is {config.num_experts:,}; with {config.num_layers:,} layers these would be {count:,} tensors"
+        raise ConfigSchemaError(
+            where, "num_local_experts", f"{reason}, more than the {MOST_TENSORS:,} that are supported"
+        )
+    for field in ("norm_eps", "lightning_norm_eps"):
+        if not SMALLEST_FLOAT32 <= getattr(config, field) < 1:
+            reason = f"is {getattr(config, field):g}; an epsilon must be positive in fp32 and less than 1"
+            raise ConfigSchemaError(where, "rms_norm_eps" if field == "norm_eps" else field, reason)
+    for branch, _, _ in BRANCH_KEYS:
+        factors = {"alpha": config.alpha(branch), "beta": getattr(config, f"{branch}_beta")}
+        for name, value in factors.items():
+            if not value >= SMALLEST_FLOAT32:
+                reason = f"is {value:g}; a factor of the residual or of its branch must be positive"
+                raise ConfigSchemaError(where, f"{branch}_{name}", reason)
 
 
 def _expressible(config: ModelConfig, native: bool) -> None:
@@ -259,12 +324,21 @@ def config_json(config: ModelConfig, form: str, dtype: str = "bfloat16") -> dict
     return dict(sorted(data.items()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: ConfigSchemaError when it is missing or no object."""
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: ConfigSchemaError naming the file it came from."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigSchemaError(path, "file", f"cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):
         raise ConfigSchemaError(path, "file", "must hold one JSON object")
     return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: ConfigSchemaError when it is missing, no regular file or no object."""
+    try:
+        text = read_bounded(path, JSON_BYTES)
+    except OSError as error:
+        raise ConfigSchemaError(path, "file", f"cannot be read ({error})") from error
+    return parse_json(text, path)

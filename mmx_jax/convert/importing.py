@@ -4,17 +4,19 @@ The scanned stacks of the released model are 36 GB each, so none is ever whole i
 range of its rows, when it is large) is one chunk of the stored array. A killed import goes on where it stopped.
 """
 
-import fcntl
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +24,7 @@ from absl import logging
 
 from mmx_jax.checkpoint import layout
 from mmx_jax.checkpoint.layout import ArrayRecord, Index
+from mmx_jax.checkpoint.store import step_folder_name
 from mmx_jax.config import (
     BatchConfig,
     DataConfig,
@@ -33,21 +36,21 @@ from mmx_jax.config import (
     StageConfig,
     to_dict,
 )
-from mmx_jax.convert.errors import ConvertError
+from mmx_jax.convert.errors import ConvertError, WeightsFileError
+from mmx_jax.convert.journal import JOURNAL, Chunk, Journal, kept_chunks
 from mmx_jax.convert.names import TensorSlice
 from mmx_jax.convert.progress import ByteProgress
-from mmx_jax.convert.source import SourceFolder, check_finite, copy_tokenizer
+from mmx_jax.convert.source import SourceFolder, check_finite
 from mmx_jax.convert.stored import CHECKPOINTS
+from mmx_jax.convert.workdir import STEP, TEMPORARY, companions, refuse_used, write_companions
 from mmx_jax.model import parameter_spec
 from mmx_jax.model.quantize import is_quantizable, quantize_rows, scale_shape
 
 PIECE_BYTES = 128 * 2**20
 BYTES_IN_FLIGHT = 3 * 2**29
 MOST_WORKERS = 16
-STEP = 0
 STAGE = "imported"
-TEMPORARY = "00000000.importing"
-JOURNAL = "import.journal"
+FULL = ("No space left", "Disk quota exceeded")
 PROGRESS = {"stage": STAGE, "round": 1} | dict.fromkeys(
     ("step", "tokens", "row", "update", "skipped", "skipped_in_a_row"), 0
 )
@@ -112,7 +115,7 @@ class _Import:
 
     def __init__(self, source: SourceFolder, workdir: Path, dtype: str | None, quantize: str | None):
         self.source = source
-        self.final = workdir / CHECKPOINTS / f"{STEP:08d}"
+        self.final = workdir / CHECKPOINTS / step_folder_name(STEP)
         self.folder = workdir / CHECKPOINTS / TEMPORARY
         self.specs = parameter_spec(source.config)
         self.records: dict[str, ArrayRecord] = {}
@@ -127,6 +130,7 @@ class _Import:
                 self.pieces.append(Piece(tensor, units, number, target, quantized))
             self._record(tensor, units, target, quantized)
         self.checksums: dict[str, layout.Checksums] = {name: {} for name in self.records}
+        self.workers = workers(max(p.working_bytes(source.stored[p.tensor.name].dtype) for p in self.pieces))
         about = [(t.name, t.file.name, t.code, t.shape, t.offset) for t in source.stored.values()]
         files = sorted(
             {(t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for t in source.stored.values()}
@@ -141,8 +145,13 @@ class _Import:
             return dict.fromkeys(self.specs, DTYPES[wanted])
         found: dict[str, np.dtype] = {}
         for tensor in self.source.tensors.values():
-            read = self.source.stored[tensor.name].dtype
-            read = DTYPES["fp32"] if read.itemsize > 2 else read
+            stored = self.source.stored[tensor.name]
+            read = stored.dtype
+            if read.itemsize > DTYPES["fp32"].itemsize:
+                reason = (
+                    f"tensor {stored.name!r} is {stored.code}; checkpoints hold fp32 at most: --dtype fp32 rounds it"
+                )
+                raise WeightsFileError(stored.file, reason)
             known = found.setdefault(tensor.path, read)
             if known != read:
                 found[tensor.path] = DTYPES["fp32"]
@@ -174,99 +183,75 @@ class _Import:
         record = self.records[f"{name}/scale"]
         yield record.name, scale.reshape(record.chunk)
 
-    def run(self, progress: ByteProgress) -> None:
-        """Writes every piece that the journal does not have."""
+    def chunks(self, piece: Piece) -> list[Chunk]:
+        """The chunks that a piece becomes."""
+        name = f"params/{piece.tensor.path}"
+        names = (f"{name}/values", f"{name}/scale") if piece.quantized else (name,)
+        return [(self.records[name], piece.chunk) for name in names]
+
+    def take_over(self, journal: Journal, progress: bool) -> list[Piece]:
+        """Reads again what an earlier import has written, and returns the pieces that are still to be written."""
+        known = [piece for piece in self.pieces if journal.knows(self.chunks(piece))]
+        pending = [piece for piece in self.pieces if not journal.knows(self.chunks(piece))]
+        damaged = 0
+        with ByteProgress("verify what is there", sum(piece.nbytes for piece in known), progress) as bar:
+            results = kept_chunks(journal, [self.chunks(piece) for piece in known], self.workers)
+            for piece, entries in zip(known, results):
+                bar.add(piece.nbytes)
+                if entries is None:
+                    damaged += 1
+                    pending.append(piece)
+                    continue
+                for name, file, crc in entries:
+                    self.checksums[name][file] = crc
+        if damaged:
+            logging.warning(
+                "%s: %d of %d pieces are not as they were written: redone", self.folder, damaged, len(known)
+            )
+        return pending
+
+    def create_arrays(self) -> None:
+        """Makes the description of every array anew: it is small, and its checksum is then known."""
+        for name, record in self.records.items():
+            (self.folder / layout.ARRAYS_FOLDER / record.folder / layout.ARRAY_FILE).unlink(missing_ok=True)
+            self.checksums[name][layout.ARRAY_FILE] = layout.create_array(self.folder, record)
+
+    def run(self, journal: Journal, pending: list[Piece], progress: ByteProgress) -> None:
+        """Writes pieces, and notes each in the journal when its chunks are on the disk."""
         stores = {name: layout.open_for_chunks(self.folder, record) for name, record in self.records.items()}
+        lock = threading.Lock()
 
         def write(piece: Piece) -> None:
             stored = self.source.stored[piece.tensor.name]
             rows = stored.read_rows(*piece.rows)
             check_finite(stored, rows, piece.rows[0], piece.dtype)
-            lines = []
+            entries = []
             for name, values in self.arrays(piece, rows):
                 record = self.records[name]
                 crc = layout.write_chunk(stores[name], record, piece.chunk, values)
-                lines.append([name, record.chunk_file(piece.chunk), crc])
-            self._note(lines)
+                entries.append((name, record.chunk_file(piece.chunk), crc))
+            with lock:
+                journal.note(entries)
+                for name, file, crc in entries:
+                    self.checksums[name][file] = crc
             progress.add(piece.nbytes)
 
-        pending = [piece for piece in self.pieces if not self._known(piece)]
-        progress.add(sum(piece.nbytes for piece in self.pieces) - sum(piece.nbytes for piece in pending))
-        stored = self.source.stored
-        largest = max(piece.working_bytes(stored[piece.tensor.name].dtype) for piece in self.pieces)
-        pool = ThreadPoolExecutor(workers(largest), "import")
+        pool = ThreadPoolExecutor(self.workers, "import")
         try:
             for future in [pool.submit(write, piece) for piece in pending]:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _known(self, piece: Piece) -> bool:
-        names = [n for n in (f"params/{piece.tensor.path}",) if n in self.records]
-        names = names or [f"params/{piece.tensor.path}/{part}" for part in ("values", "scale")]
-        return all(self.records[name].chunk_file(piece.chunk) in self.checksums[name] for name in names)
-
-    # The journal
-
-    def open_journal(self) -> IO[str]:
-        """Creates the temporary folder, or takes over what an earlier import of the same files has written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = open(self.folder / JOURNAL, "a+")  # noqa: SIM115 (kept open: it is the lock)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            raise ConvertError(f"{self.folder}: another import is writing here") from None
-        handle.seek(0)
-        first, *lines = handle.read().split("\n") or [""]
-        if first == self.fingerprint:
-            self._take_over(lines)
-        else:
-            for entry in self.folder.iterdir():
-                if entry.name != JOURNAL:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            handle.truncate(0)
-            handle.write(self.fingerprint + "\n")
-            handle.flush()
-        self._journal = handle
-        for name, record in self.records.items():
-            # Created anew on every run: it is small, and its checksum is then known.
-            self.checksums[name][layout.ARRAY_FILE] = _create(self.folder, record)
-        return handle
-
-    def _take_over(self, lines: list[str]) -> None:
-        for line in lines:
-            try:
-                entries = json.loads(line)
-            except ValueError:  # the line that was being written when the import ended
-                continue
-            for name, file, crc in entries:
-                record = self.records[name]
-                path = self.folder / layout.ARRAYS_FOLDER / record.folder / file
-                if path.is_file() and path.stat().st_size == record.chunk_nbytes:
-                    self.checksums[name][file] = crc
-
-    def _note(self, entries: list[list[str]]) -> None:
-        """Remembers written chunks; the chunks are on the disk already, so that a line never promises too much."""
-        self._journal.write(json.dumps(entries) + "\n")
-        self._journal.flush()
-        for name, file, crc in entries:
-            self.checksums[name][file] = crc
-
     def commit(self, metadata: dict[str, Any]) -> None:
-        """Gives the step its checksums and its name."""
-        (self.folder / JOURNAL).unlink()
+        """Gives the step its checksums and its name; only then the journal goes, so that no moment loses the work."""
         layout.write_metadata(self.folder, STEP, metadata, True)
         layout.write_checksums(self.folder, list(self.records.values()), self.checksums)
         self.folder.rename(self.final)
+        (self.final / JOURNAL).unlink()
         handle = os.open(self.final.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-def _create(folder: Path, record: ArrayRecord) -> str:
-    path = folder / layout.ARRAYS_FOLDER / record.folder / layout.ARRAY_FILE
-    return layout.crc32(path.read_bytes()) if path.is_file() else layout.create_array(folder, record)
 
 
 def import_weights(
@@ -289,21 +274,23 @@ def import_weights(
     Returns: the folder of the step.
     Raises: ConvertError and its kinds, each naming file and tensor; nothing that looks like a step is left then.
     """
-    folder = SourceFolder(source)
     workdir = Path(checkpoint).absolute()
+    refuse_used(workdir)
+    folder = SourceFolder(source)
+    files = companions(folder.path)
+    write_companions(files, workdir, check_only=True)
     job = _Import(folder, workdir, dtype, quantize)
-    if job.final.exists():
-        raise ConvertError(f"{job.final} is there already; choose another folder, or remove it")
-    total = sum(piece.nbytes for piece in job.pieces)
     try:
-        with job.open_journal():
-            left = sum(piece.nbytes for piece in job.pieces if not job._known(piece))
+        with contextlib.closing(Journal(job.folder, job.fingerprint)) as journal:
+            pending = job.take_over(journal, progress)
+            left = sum(piece.nbytes for piece in pending)
             free = shutil.disk_usage(job.folder).free
             if left > free:
                 raise ConvertError(f"{workdir}: needs {left / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
-            with ByteProgress("import", total, progress) as bar:
-                job.run(bar)
-            copy_tokenizer(folder.path, workdir)
+            job.create_arrays()
+            with ByteProgress("import", left, progress) as bar:
+                job.run(journal, pending, bar)
+            write_companions(files, workdir)
             metadata = {
                 "config": to_dict(imported_run(folder.config, workdir.name)),
                 "progress": PROGRESS,
@@ -313,10 +300,16 @@ def import_weights(
             job.commit(metadata)
     except ConvertError:
         raise
-    except Exception as error:  # tensorstore reports a full disk as ValueError or its own kinds
-        if isinstance(error, OSError) or "No space left" in str(error) or "os_error" in str(error):
-            reason = f"import stopped: {error}. Make room and give the same command again: it goes on from there"
-            raise ConvertError(f"{job.folder}: {reason}") from error
+    except Exception as error:  # tensorstore reports errors of the system as ValueError or its own kinds
+        if isinstance(error, OSError) or any(mark in str(error) for mark in ("os_error", *FULL)):
+            raise ConvertError(f"{job.folder}: import stopped: {error}. {_advice(error)}") from error
         raise
-    logging.info("imported %.2f GB in %.1f s (%.2f GB/s)", total / 1e9, bar.seconds, total / 1e9 / bar.seconds)
+    logging.info("imported %.2f GB in %.1f s (%.2f GB/s)", left / 1e9, bar.seconds, left / 1e9 / bar.seconds)
     return job.final
+
+
+def _advice(error: Exception) -> str:
+    """What to do about an error of the system."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(mark in str(error) for mark in FULL)
+    first = "Make room" if full else "Mend this"
+    return f"{first} and give the same command again: it goes on from there"

@@ -118,6 +118,10 @@ def load_safetensors(
     source = SourceFolder(folder, model_config)
     for line in differences_from_file(model_config, source.path):
         logging.warning("initialising from %s: %s", source.path, line)
+    if wide := [name for name in source.tensors if source.dtype(name) == np.float64]:
+        logging.warning(
+            "initialising from %s: %d F64 tensors are rounded to fp32 (%s)", source.path, len(wide), wide[0]
+        )
     by_path: dict[str, list[TensorSlice]] = {}
     for tensor in source.tensors.values():
         by_path.setdefault(tensor.path, []).append(tensor)

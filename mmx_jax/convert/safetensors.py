@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from mmx_jax.convert.errors import WeightsFileError
+from mmx_jax.convert.files import is_plain_name, open_regular, read_bounded
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LENGTH_BYTES = 8
 HEADER_LIMIT = 100_000_000
 """The format's own limit on a header."""
+SHOWN_CHARACTERS = 300
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -66,7 +69,7 @@ class StoredTensor:
         data = np.empty((stop - start) * row, np.uint8)
         view = memoryview(data)
         try:
-            with open(self.file, "rb", buffering=0) as file:
+            with open_regular(self.file) as file:
                 file.seek(self.offset + start * row)
                 done = 0
                 while done < len(data):
@@ -135,7 +138,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
       or pass the end.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as raw_file, BufferedReader(raw_file) as file:
             size = os.fstat(file.fileno()).st_size
             first = file.read(LENGTH_BYTES)
             length = int.from_bytes(first, "little")
@@ -168,14 +171,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index whose file names stay in its folder."""
-    if path.stat().st_size > HEADER_LIMIT:
-        raise WeightsFileError(path, f"is larger than {HEADER_LIMIT} bytes: not an index")
-    weight_map = _parse(path, path.read_bytes(), "the index").get("weight_map")
+    try:
+        data = read_bounded(path, HEADER_LIMIT)
+    except OSError as error:
+        raise WeightsFileError(path, f"cannot be read as an index: {error}") from error
+    weight_map = _parse(path, data, "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsFileError(path, "has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or "\0" in file or file in ("", ".", "..") or set(file) & {"/", "\\"}:
-            raise WeightsFileError(path, f"tensor {name!r}: {file!r} must be the plain name of a file in this folder")
+        if not is_plain_name(file):
+            shown = repr(file)[:SHOWN_CHARACTERS]
+            raise WeightsFileError(path, f"tensor {name!r}: {shown} must be the plain name of a file in this folder")
         if not file.endswith(".safetensors"):
             raise WeightsFileError(path, f"tensor {name!r}: {file!r} is no safetensors file; pickles are never loaded")
     return weight_map
@@ -190,12 +196,12 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if not folder.is_dir():
         raise WeightsFileError(folder, "no such folder")
     index = folder / INDEX_FILE
-    if not index.is_file():
+    if not index.exists():
         return read_header(_single(folder))
     weight_map = _index(index)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             name = next(name for name, holder in weight_map.items() if holder == file)
             count = sum(holder == file for holder in weight_map.values())
             raise WeightsFileError(folder / file, f"is missing; the index puts {name!r} and {count - 1} more there")

@@ -1,7 +1,6 @@
 """A folder of published weights, checked against its own config.json before a byte of data is read."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ import ml_dtypes
 import numpy as np
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import WeightsFileError, WeightsMismatchError
-from mmx_jax.convert.hf_config import parse_config, read_json
+from mmx_jax.convert.errors import ConfigSchemaError, WeightsFileError, WeightsMismatchError
+from mmx_jax.convert.files import read_bounded
+from mmx_jax.convert.hf_config import end_of_text_ids, parse_config, read_json
 from mmx_jax.convert.names import TensorSlice, tensor_map, text_names
 from mmx_jax.convert.safetensors import StoredTensor, read_folder
-from mmx_jax.data import TokenizerError, load_tokenizer
+from mmx_jax.data import Tokenizer, TokenizerError, load_tokenizer
+from mmx_jax.data.tokenizer import FILE_NAMES
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -28,6 +29,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+COMPANION_BYTES = 2**30
 SCAN_ELEMENTS = 2**18
 
 # Unsigned view and all-ones exponent of each float dtype: a value is finite when its exponent is smaller.
@@ -67,22 +69,48 @@ def match_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, where
     return {name: stored[names[name]] for name in wanted}
 
 
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """The ids at which generation ends, in order: generation_config.json's, else config.json's; none when neither says.
+
+    Raises: ConfigSchemaError.
+    """
+    for name in (GENERATION_FILE, CONFIG_FILE):
+        if (folder / name).exists() and (ids := end_of_text_ids(read_json(folder / name), folder / name)):
+            return ids
+    return ()
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer among a folder's files; None where there is none.
+
+    Raises: WeightsFileError for one that cannot be used.
+    """
+    if not any((folder / name).exists() for name in FILE_NAMES):
+        return None
+    try:
+        return load_tokenizer(folder)
+    except TokenizerError as error:
+        # The advice is for a configuration of ours, which a conversion does not have.
+        reason, _, advice = str(error).partition("; name ")
+        reason += f"; name it as eos_token in {folder / 'tokenizer_config.json'}" if advice else ""
+        raise WeightsFileError(folder, f"its tokenizer cannot be used: {reason}") from error
+    except Exception as error:  # files that are no tokenizer fail in as many ways as there are libraries
+        raise WeightsFileError(folder, f"its tokenizer cannot be read: {type(error).__name__}: {error}") from error
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's config.json, generation_config.json and tokenizer describe.
 
     Raises: ConfigSchemaError; WeightsFileError for a tokenizer that cannot be read.
     """
     config = parse_config(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-    end = config.end_of_text_id
-    if (folder / GENERATION_FILE).is_file():
-        ids = read_json(folder / GENERATION_FILE).get("eos_token_id")
-        end = (ids[0] if isinstance(ids, list) else ids) if ids else end
+    ids = read_end_ids(folder)
+    if beyond := [token for token in ids if token >= config.vocab_size]:
+        reason = f"{beyond[0]} is no id of a model with vocab_size {config.vocab_size}"
+        raise ConfigSchemaError(folder, "eos_token_id", reason)
+    end = ids[0] if ids else None
     trained = config.trained_vocab_size
-    if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
-        try:
-            tokenizer = load_tokenizer(folder)
-        except TokenizerError as error:
-            raise WeightsFileError(folder, str(error)) from error
+    if tokenizer := read_tokenizer(folder):
         end = tokenizer.end_of_text_id if end is None else end
         trained = min(tokenizer.vocab_size, config.vocab_size)
     return dataclasses.replace(config, end_of_text_id=end, trained_vocab_size=trained)
@@ -144,9 +172,17 @@ def check_finite(tensor: StoredTensor, rows: np.ndarray, first_row: int, dtype: 
         raise WeightsMismatchError(tensor.file.parent, [reason])
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer's files and the generation config that are there; returns their names."""
-    found = [name for name in (*TOKENIZER_FILES, GENERATION_FILE) if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the tokenizer's files and the generation config that a folder has.
+
+    Raises: WeightsFileError for what is no regular file.
+    """
+    files = {}
+    for name in (*TOKENIZER_FILES, GENERATION_FILE):
+        if not (folder / name).exists():
+            continue
+        try:
+            files[name] = read_bounded(folder / name, COMPANION_BYTES)
+        except OSError as error:
+            raise WeightsFileError(folder / name, f"cannot be read: {error}") from error
+    return files

@@ -11,12 +11,31 @@ import numpy as np
 
 from mmx_jax.checkpoint import CheckpointDamagedError, CheckpointStore, Problem, layout, reader
 from mmx_jax.checkpoint.layout import ArrayRecord, Index
+from mmx_jax.checkpoint.store import is_complete, step_folder_name, steps_on_disk
 from mmx_jax.config import ModelConfig, RunConfig, from_dict
 from mmx_jax.convert.errors import ConvertError
+from mmx_jax.convert.files import open_regular
 from mmx_jax.convert.names import tensor_map
 
 CHECKPOINTS = "checkpoints"
 CACHE_BYTES = 2**30
+
+
+def locate(folder: str | Path) -> tuple[Path, int | None] | None:
+    """The folder of checkpoints that a path means, and the step when the path is a single one; None when it is neither.
+
+    A workdir, its folder of checkpoints and a step are told apart by what they hold, for a workdir may well be called
+    20260131.
+    """
+    path = Path(folder).absolute()
+    for candidate in (path, path / CHECKPOINTS):
+        if any(is_complete(candidate / step_folder_name(step)) for step in steps_on_disk(candidate)):
+            return candidate, None
+    parts = (layout.CHECKSUMS_FILE, layout.METADATA_FILE, layout.ARRAYS_FOLDER)
+    is_name = re.fullmatch(r"\d{8,}", path.name) and step_folder_name(int(path.name)) == path.name
+    if is_name and any((path / part).exists() for part in parts):
+        return path.parent, int(path.name)
+    return None
 
 
 def find_step(folder: str | Path, step: int | None = None) -> tuple[CheckpointStore, int]:
@@ -24,17 +43,16 @@ def find_step(folder: str | Path, step: int | None = None) -> tuple[CheckpointSt
 
     Raises: ConvertError when there is none.
     """
-    path = Path(folder).absolute()
-    if re.fullmatch(r"\d{8,}", path.name) and path.is_dir():
-        path, step = path.parent, int(path.name)
-    elif (path / CHECKPOINTS).is_dir():
-        path = path / CHECKPOINTS
-    store = CheckpointStore(path)
-    steps = store.steps()
-    if not steps or (step is not None and step not in steps):
-        wanted = "checkpoint" if step is None else f"complete checkpoint of step {step}"
-        raise ConvertError(f"{folder}: holds no {wanted}; name a workdir, its folder of checkpoints, or one step in it")
-    return store, steps[-1] if step is None else step
+    found = locate(folder)
+    if found is not None:
+        path, only = found
+        store = CheckpointStore(path)
+        steps = store.steps()
+        wanted = only if only is not None else step if step is not None else steps[-1]
+        if wanted in steps:
+            return store, wanted
+    kind = "checkpoint" if found is None else f"complete checkpoint of step {wanted}"
+    raise ConvertError(f"{folder}: holds no {kind}; name a workdir, its folder of checkpoints, or one step in it")
 
 
 def stored_model(metadata: dict[str, Any]) -> ModelConfig:
@@ -122,7 +140,8 @@ class StoredWeights:
         file = record.chunk_file(index)
         path = self._manifest.folder / layout.ARRAYS_FOLDER / record.folder / file
         try:
-            data = np.fromfile(path, np.uint8)
+            with open_regular(path) as opened:
+                data = np.fromfile(opened, np.uint8)
         except OSError as error:
             reason = str(error)
         else:

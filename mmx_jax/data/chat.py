@@ -22,8 +22,12 @@ from mmx_jax.data.tokenizer import Tokenizer
 
 MINIMAX_TEMPLATE = r"""
 {%- for message in messages -%}
-  {%- if message.content is string or not message.content -%}
+  {%- if message.content is string or message.content is mapping or not message.content -%}
     {{- raise_exception("content must be a list such as [{'type': 'text', 'text': ...}]") -}}
+  {%- elif message.content | length > 1 -%}
+    {{- raise_exception("content has " ~ message.content | length ~ " items; the format has room for one a message") -}}
+  {%- elif message.role != 'function' and message.content[0].type | default('text') != 'text' -%}
+    {{- raise_exception("content of type " ~ message.content[0].type ~ " is no text") -}}
   {%- endif -%}
   {%- if message.role == 'system' -%}
     {{- '<beginning_of_sentence>system ai_setting=assistant\n' + message.content[0].text + '<end_of_sentence>\n' -}}
@@ -82,6 +86,34 @@ def _raise(message: str) -> None:
     raise ChatError(message)
 
 
+def _described(error: Exception) -> str:
+    """A template's own words, or the kind of any other error, which says more than its message."""
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+
+
+def _read_text(file: Path) -> str:
+    """Text of a file. Raises: ChatError."""
+    if not file.is_file():
+        raise ChatError(f"{file}: is no regular file")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ChatError(f"{file}: cannot be read: {error}") from error
+
+
+def _default_of(templates: list[Any], file: Path) -> Any:
+    """The template named "default" of several. Raises: ChatError when there is none; another would be a guess."""
+    named = {}
+    for entry in templates:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or "template" not in entry:
+            raise ChatError(f"{file}: every entry of chat_template must have a name and a template")
+        named[entry["name"]] = entry["template"]
+    if "default" not in named:
+        names = ", ".join(map(repr, named)) or "none"
+        raise ChatError(f"{file}: chat_template has no entry 'default', only {names}; name one of them 'default'")
+    return named["default"]
+
+
 def _to_json(value: Any, indent: int | None = None) -> str:
     """JSON as it is, without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
@@ -104,23 +136,42 @@ class ChatTemplate:
         self._mark = generation.mark
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ChatError(f"the chat template is not valid: {error}") from error
+        except Exception as error:  # a template is a program, and fails to compile like one
+            raise ChatError(f"the chat template is not valid: {_described(error)}") from error
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate":
         """The template of a folder with tokenizer files: chat_template.jinja, tokenizer_config.json, or the built-in.
 
-        Raises: ChatError for a template that is not valid.
+        Raises: ChatError for files that cannot be read, a template that is not valid, and several of which none is the
+          default.
         """
         folder = Path(folder)
-        if (folder / "chat_template.jinja").is_file():
-            return cls((folder / "chat_template.jinja").read_text())
+        file = folder / "chat_template.jinja"
+        if file.exists():
+            return cls._from_file(file, _read_text(file))
         config = folder / "tokenizer_config.json"
-        template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
-        if isinstance(template, list):
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-        return cls(template) if template else cls()
+        if not config.exists():
+            return cls()
+        try:
+            description = json.loads(_read_text(config))
+        except (ValueError, RecursionError) as error:
+            raise ChatError(f"{config}: is not valid JSON: {error}") from error
+        if not isinstance(description, dict):
+            raise ChatError(f"{config}: must hold one JSON object")
+        template = description.get("chat_template")
+        if template is None:
+            return cls()
+        return cls._from_file(config, _default_of(template, config) if isinstance(template, list) else template)
+
+    @classmethod
+    def _from_file(cls, file: Path, template: Any) -> "ChatTemplate":
+        if not isinstance(template, str) or not template:
+            raise ChatError(f"{file}: chat_template must be a template or a list of named ones")
+        try:
+            return cls(template)
+        except ChatError as error:
+            raise ChatError(f"{file}: {error}") from error
 
     def render(
         self,
@@ -171,7 +222,9 @@ class ChatTemplate:
             text = self._template.render(
                 messages=list(messages), functions=list(functions), tools=list(functions), add_generation_prompt=prompt
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError) as error:
-            raise ChatError(f"the chat template cannot render these messages: {error}") from error
+        except ChatError:
+            raise
+        except Exception as error:  # a template is a program, and fails like one
+            raise ChatError(f"the chat template cannot render these messages: {_described(error)}") from error
         parts = text.split(self._mark)
         return [(part, bool(i % 2)) for i, part in enumerate(parts) if part]

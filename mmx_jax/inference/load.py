@@ -1,6 +1,5 @@
 """From a folder to a model that can be asked: configuration, weights and tokenizer of a checkpoint."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 from mmx_jax.checkpoint import CheckpointDamagedError, CheckpointStore
 from mmx_jax.config import ModelConfig, RunConfig, StageConfig
 from mmx_jax.config.serialize import from_dict
+from mmx_jax.convert.stored import locate
 from mmx_jax.data import Tokenizer, TokenizerError, check_vocabulary, load_tokenizer
 from mmx_jax.inference.generator import inference_dtypes
 from mmx_jax.model import abstract_params
@@ -62,14 +62,13 @@ def find_checkpoints(folder: str | Path) -> tuple[Path, int | None]:
     Raises:
       LoadError: none of the three.
     """
-    path = Path(folder)
-    if re.fullmatch(r"\d{8,}", path.name) and path.is_dir():
-        return path.parent, int(path.name)
-    for candidate in (path, path / "checkpoints"):
-        if CheckpointStore(candidate).steps():
-            return candidate, None
-    what = "holds no checkpoint" if path.is_dir() else "no such folder"
-    raise LoadError(f"{folder}: {what}; name a run's workdir, its folder 'checkpoints', or one step such as 00001200")
+    found = locate(folder)
+    if found is None:
+        what = "holds no checkpoint" if Path(folder).is_dir() else "no such folder"
+        raise LoadError(
+            f"{folder}: {what}; name a run's workdir, its folder 'checkpoints', or one step such as 00001200"
+        )
+    return found
 
 
 def load_for_inference(folder: str | Path, step: int | None = None) -> Loaded:

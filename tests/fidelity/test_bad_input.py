@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -197,7 +198,22 @@ def test_values_that_overflow_the_dtype_asked_for(tmp_path):
     bad = tensors[GATE].astype(np.float64)
     bad[0, 1] = 1e39
     write_folder(source, hub_config(), tensors | {GATE: bad})
-    assert_refused(source, tmp_path / "work", WeightsMismatchError, GATE, "(0, 1)")
+    for attempt in (lambda: import_weights(source, tmp_path / "work", dtype="fp32", progress=False),
+                    lambda: load_safetensors(source, read_config(source))):  # fmt: skip
+        with pytest.raises(WeightsMismatchError) as caught:
+            attempt()
+        assert GATE in str(caught.value)
+        assert "(0, 1)" in str(caught.value)
+
+
+def test_rounding_of_f64_must_be_asked_for(tmp_path):
+    """A checkpoint holds fp32 at most: without --dtype nothing is rounded unsaid."""
+    source, tensors = tiny_folder(tmp_path / "source", shards=1)
+    write_folder(source, hub_config(), tensors | {GATE: tensors[GATE].astype(np.float64) * (1 + 1e-12)})
+    with pytest.raises(WeightsFileError, match=rf"{GATE}.* is F64.*--dtype fp32"):
+        import_weights(source, tmp_path / "work", progress=False)
+    assert not (tmp_path / "work").exists()
+    import_weights(source, tmp_path / "work", dtype="fp32", progress=False)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
@@ -236,8 +252,9 @@ def test_index_of_pickles_is_refused(source, tmp_path):
     assert_refused(source, tmp_path / "work", WeightsFileError, GATE, "pickles")
 
 
-@pytest.mark.parametrize("path", ["../other.safetensors", "/etc/passwd.safetensors", "a/b.safetensors", "..", "",
-                                  "a\\b.safetensors", "x\0.safetensors", 3])  # fmt: skip
+@pytest.mark.parametrize("path", ["../other.safetensors", "a" * 5000 + ".safetensors", "\ud800.safetensors", "", "..",
+                                  "/etc/passwd.safetensors", "a/b.safetensors", "a\\b.safetensors", "x\0.safetensors",
+                                  3])  # fmt: skip
 def test_paths_that_leave_the_folder(path, source, tmp_path):
     shutil.copyfile(source / "model-00001-of-00003.safetensors", tmp_path / "other.safetensors")
     edit_index(source, lambda weights: weights.update({GATE: path}))
@@ -267,6 +284,29 @@ def test_full_disk_midway(source, tmp_path, monkeypatch):
     assert store.steps() == []
     import_weights(source, tmp_path / "work", progress=False)
     assert store.verify(0) == []
+
+
+def test_advice_fits_the_error(source, tmp_path, monkeypatch):
+    """Room is asked for when the disk is full, and only then."""
+
+    def denied(*args):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(importing.layout, "write_chunk", denied)
+    with pytest.raises(ConvertError, match=r"Permission denied.*same command") as caught:
+        import_weights(source, tmp_path / "work", progress=False)
+    assert "room" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, "tokenizer_config.json",
+                                  "model-00002-of-00003.safetensors"])  # fmt: skip
+def test_pipes_are_refused_and_not_waited_for(name, source, tmp_path):
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(ConvertError, match=rf"{re.escape(name)}.*is no regular file"):
+        import_weights(source, tmp_path / "work", progress=False)
+    assert not (tmp_path / "work").exists()
 
 
 def test_too_little_room_is_said_first(source, tmp_path, monkeypatch):
@@ -340,6 +380,6 @@ def test_no_checkpoint(tmp_path):
 def test_sizes():
     assert parse_size("5GB") == 5 * 10**9
     assert parse_size("1.5 MiB") == 3 * 2**19
-    for bad in ("5 apples", "", "-1GB", "0"):
+    for bad in ("5 apples", "", "-1GB", "0", "5", "0.1", "0.1KB", "999KB", "1e9GB", "9" * 5000 + "GB", "infGB"):
         with pytest.raises(ConvertError, match="size"):
             parse_size(bad)

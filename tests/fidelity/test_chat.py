@@ -129,7 +129,10 @@ def test_rendering_is_concatenation(turns, prompt):
 
 @pytest.mark.parametrize("message", [
     {"role": "user", "content": "plain"}, {"role": "user", "content": []}, {"role": "tool", "content": text("x")},
-    {"role": "user"}, {"role": "user", "content": [{"type": "image"}]},
+    {"role": "user"}, {"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": 5},
+    {"role": "user", "content": text("a") + text("b")}, {"role": "user", "content": {"type": "text", "text": "x"}},
+    {"role": "user", "content": [{"type": "image", "text": "x"}]}, {"role": "user", "content": [{"text": 5}]},
+    {"role": "function", "content": [{"name": "f"}]},
 ])  # fmt: skip
 def test_messages_that_cannot_be_rendered(message):
     with pytest.raises(ChatError):
@@ -170,6 +173,42 @@ def test_templates_of_a_folder(tmp_path):
 def test_templates_are_sandboxed(source):
     with pytest.raises(ChatError):
         ChatTemplate(source).render([{"role": "user"}])
+
+
+@pytest.mark.parametrize("source", [
+    "{{ 1 / messages[0].zero }}", "{{ 10.0 ** messages[0].large }}", "{{ range(messages[0].large * 1000000) }}",
+    "{%- macro f() -%}{{ f() }}{%- endmacro -%}{{ f() }}", "{{ 'a'.encode().decode('ascii', messages) }}",
+])  # fmt: skip
+def test_whatever_a_template_does_is_a_chat_error(source):
+    with pytest.raises(ChatError, match="cannot render"):
+        ChatTemplate(source).render([{"zero": 0, "large": 400}])
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("tokenizer_config.json", "{", "JSON"),
+    ("tokenizer_config.json", "[1]", "one JSON object"),
+    ("tokenizer_config.json", b"\xff", "cannot be read"),
+    ("tokenizer_config.json", '{"chat_template": 5}', "must be a template"),
+    ("tokenizer_config.json", '{"chat_template": ""}', "must be a template"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "tool", "template": "x"}]}', "'default', only 'tool'"),
+    ("tokenizer_config.json", '{"chat_template": []}', "no entry 'default'"),
+    ("tokenizer_config.json", '{"chat_template": [1]}', "every entry"),
+    ("tokenizer_config.json", '{"chat_template": "{% for %}"}', "not valid"),
+    ("chat_template.jinja", b"\xff", "cannot be read"),
+    ("chat_template.jinja", "{% for %}", "not valid"),
+])  # fmt: skip
+def test_bad_template_files_name_themselves(name, content, words, tmp_path):
+    """Nothing that is there is silently replaced by the built-in template."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ChatError, match=words) as caught:
+        ChatTemplate.from_folder(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_the_default_of_several_templates(tmp_path):
+    several = [{"name": "tool", "template": "x"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert ChatTemplate.from_folder(tmp_path).render([{"content": "a"}]) == "a"
 
 
 def test_broken_template():

@@ -195,6 +195,22 @@ def test_no_default_is_assumed(key):
     ({"partial_rotary_factor": 1.0}, "rotary_dim"),
     ({"num_key_value_heads": 3}, "num_kv_heads"),
     ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+    ({"partial_rotary_factor": 1e308}, "partial_rotary_factor"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+    ({"rms_norm_eps": 1e-60}, "rms_norm_eps"),
+    ({"rope_theta": 10**400}, "rope_theta"),
+    ({"layernorm_mlp_alpha": 0}, "ffn_alpha"),
+    ({"layernorm_full_attention_beta": 0.0}, "softmax_beta"),
+    ({"num_local_experts": 5_000_000}, "num_local_experts"),
+    ({"hidden_size": 10**30}, "hidden_size"),
+    ({"eos_token_id": "20"}, "eos_token_id"),
+    ({"eos_token_id": True}, "eos_token_id"),
+    ({"eos_token_id": [[1]]}, "eos_token_id"),
+    ({"eos_token_id": {"a": 1}}, "eos_token_id"),
+    ({"eos_token_id": -1}, "eos_token_id"),
+    ({"eos_token_id": 61}, "end_of_text_id"),
+    ({"model_type": "minimax_vl_01", "text_config": {"model_type": "minimax_vl_01"}}, "text_config"),
 ])  # fmt: skip
 def test_contradictions_name_the_key(changes, named):
     with pytest.raises(ConfigSchemaError, match=named):
@@ -209,6 +225,15 @@ def test_what_a_schema_cannot_say_is_refused(changes, form):
     config = parse_config(hub_config())
     with pytest.raises(ConfigSchemaError, match=next(iter(changes))):
         config_json(dataclasses.replace(config, **changes), form)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("changes", [{"norm_eps": 0.0}, {"ffn_alpha": 0.0}, {"num_experts": 5_000_000}])
+def test_check_refuses_models_that_cannot_be(changes):
+    """The same limits hold for a configuration that no config.json was read for."""
+    config = dataclasses.replace(parse_config(hub_config()), **changes)
+    with pytest.raises(ConfigSchemaError, match=r"rms_norm_eps|ffn_alpha|num_local_experts"):
+        check_conversion(config)
 
 
 def test_prenorm_survives_the_hub_schema():

@@ -261,3 +261,21 @@ def test_diff_names_what_differs(tmp_path):
         "extra": "only in the second",
     }  # fmt: skip
     assert found[name].largest == pytest.approx(0.25)
+
+
+def test_equal_values_of_other_bits_are_told(tmp_path):
+    """-0.0 is 0.0, but the bits are others; scalars, empty tensors and infinite ones compare too."""
+    one = {"zero": [0.0, 1.0], "scalar": 2.0, "same": [1.0], "empty": np.zeros((0, 3)), "flat": np.zeros((3, 0)),
+           "nan": [np.nan, np.inf, 1.0], "far": [np.inf, 1.0, -3.0]}  # fmt: skip
+    two = one | {"zero": [-0.0, 1.0], "scalar": 2.5, "far": [np.nan, 1.0, -3.0]}
+    for name, tensors in (("a", one), ("b", two)):
+        (tmp_path / name).mkdir()
+        arrays = {key: np.array(value, np.float32) for key, value in tensors.items()}
+        safetensors.numpy.save_file(arrays, tmp_path / name / "model.safetensors")
+    found = {d.name: d for d in compare_weights(tmp_path / "a", tmp_path / "b")}
+    assert {name: d.problem for name, d in found.items()} == {
+        "zero": "bits", "scalar": "values", "same": "equal", "empty": "equal", "flat": "equal", "nan": "equal",
+        "far": "values",
+    }  # fmt: skip
+    assert (found["scalar"].largest, found["scalar"].relative) == (0.5, 0.25)
+    assert found["far"].largest == np.inf

@@ -40,6 +40,24 @@ def test_a_checkpoint_is_found_from_any_of_its_folders(trained, name):
     assert step == (12 if name.endswith("12") else None)
 
 
+@pytest.mark.parametrize("name", ["20261122", "00000012"])
+def test_a_workdir_may_be_called_like_a_step(trained, tmp_path, name):
+    """What a folder holds decides, not its name; a damaged step is still a step, an empty folder is none."""
+    work = tmp_path / name
+    step = work / "checkpoints" / "00000012"
+    step.parent.mkdir(parents=True)
+    step.symlink_to(trained[0] / "checkpoints" / "00000012")
+    assert find_checkpoints(work) == (work / "checkpoints", None)
+    assert find_checkpoints(step) == (work / "checkpoints", 12)
+    damaged = tmp_path / "other" / "00000012"
+    (damaged / "arrays").mkdir(parents=True)
+    assert find_checkpoints(damaged) == (tmp_path / "other", 12)
+    empty = tmp_path / "empty" / name
+    empty.mkdir(parents=True)
+    with pytest.raises(LoadError, match="holds no checkpoint"):
+        find_checkpoints(empty)
+
+
 def test_what_was_saved_is_what_is_loaded(trained, ready):
     """Weights bit for bit in fp32, the stage's RoPE base, and limits from the tokenizer."""
     _, run, params = trained
