@@ -17,6 +17,10 @@ class ShardingError(ValueError):
     """A logical axis without a rule, two dimensions on one mesh axis, or a size that does not divide."""
 
 
+SHARED_WHEN_FEWER = ("kv_heads",)
+"""Logical axes that are not split when there are fewer entries than shards: every device then holds all of them."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """Which mesh axes split which logical axis; one field per logical axis, an empty tuple replicates."""
@@ -69,19 +73,25 @@ class Rules:
         Raises:
           ShardingError: as `spec`, and when a dimension does not divide by its mesh axes; the message names them.
         """
-        spec = self.spec(axes)
+        self.spec(axes)
+        split: list[str | None] = list(axes)
         for dim, logical in enumerate(axes):
             mesh_axes = getattr(self, logical) if logical else ()
             ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-            if shape[dim] % ways:
+            if logical in SHARED_WHEN_FEWER and shape[dim] < ways:
+                split[dim] = None
+            elif shape[dim] % ways:
                 raise ShardingError(
                     f"{name}: dimension {dim} ({logical}) has size {shape[dim]}, which does not divide by the {ways} "
                     f"shards of mesh axes {mesh_axes}"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, self.spec(split))
 
 
-def constrain(x: Array, *axes: str | None, rules: Rules = Rules()) -> Array:
+DEFAULT_RULES = Rules()
+
+
+def constrain(x: Array, *axes: str | None, rules: Rules = DEFAULT_RULES) -> Array:
     """Asks the compiler to split `x` as `axes` say on the mesh in use (`jax.set_mesh`); without a mesh returns `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -45,6 +45,9 @@ class ModelConfig:
     """How many experts each token is sent to."""
     capacity_factor: float | None = None
     """Expert capacity in training is ceil(factor * experts_per_token * real tokens / E); None drops nothing."""
+    capacity_scope: str = "global"
+    """Whose tokens share an expert's capacity: "global" the whole micro-batch's (the report's global router), "shard"
+    those of each device (the ablation: what is dropped then depends on the mesh)."""
     aux_loss: str = "report"
     """Load-balancing loss: "report" is (1/E) sum f m (GShard), "hub" is E sum f P over all layers' tokens (Mixtral)."""
     aux_loss_coefficient: float = 0.01
@@ -99,6 +102,7 @@ class ModelConfig:
             if (value := getattr(self, field)) is not None and value > self.vocab_size - (field == "end_of_text_id"):
                 fail(self, field, f"must fit in vocab_size = {self.vocab_size}")
         one_of(self, "norm", ("deepnorm", "prenorm"))
+        one_of(self, "capacity_scope", ("global", "shard"))
         one_of(self, "aux_loss", ("report", "hub"))
         one_of(self, "compute_dtype", ("bfloat16", "float32"))
 

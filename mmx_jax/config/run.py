@@ -133,6 +133,27 @@ class TrainableGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertTransport:
+    """How routed rows travel to experts on other devices; does not change what is computed unless rows are lost."""
+
+    block_factor: float = 1.5
+    """Rows of an all-to-all block over the rows that it carries when the routing is balanced."""
+    max_rounds: int | None = None
+    """All-to-alls per token group at most; rows that still wait then are lost and counted. None loses none."""
+    token_groups: int = 1
+    """Parts of a device's tokens that travel one after the other; the matmuls of one can hide the travel of another."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_rounds", "token_groups")
+        if self.block_factor <= 0:
+            fail(self, "block_factor", "must be positive")
+
+
+LOSSLESS = ExpertTransport()
+"""The transport of every model that is not told another."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SequenceSplit:
     """How rows are split over the mesh's sequence axis (docs/sequence_parallelism.md); changes no result."""
 
@@ -179,6 +200,8 @@ class StageConfig:
     """What is taken over from `init_from` or from the stage before: any of params, optimizer, step, data."""
     remat: str = "none"
     """Rematerialisation: "none", "attention" (keeps attention outputs), "layer" (keeps only layer inputs), "dots"."""
+    transport: ExpertTransport = LOSSLESS
+    """How routed rows travel on a mesh."""
     split: SequenceSplit = SequenceSplit()
     """How rows lie on a mesh whose sequence axis is larger than 1."""
     loss_chunk: int = 32_768

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mmx_jax.config import LIGHTNING, ModelConfig
+from mmx_jax.config import LIGHTNING, LOSSLESS, ExpertTransport, ModelConfig
 from mmx_jax.model.dot import Weight
 from mmx_jax.model.layout import LayerCache, Layout
 from mmx_jax.model.lightning import LightningAttention
@@ -23,7 +23,13 @@ def _part(params: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
 class Block(nnx.Module):
     """One layer (or a stack of layers of one kind)."""
 
-    def __init__(self, config: ModelConfig, kind: str, params: Mapping[str, Weight]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: str,
+        params: Mapping[str, Weight],
+        transport: ExpertTransport = LOSSLESS,
+    ):
         self.kind = kind
         self.deepnorm = config.norm == "deepnorm"
         self.eps = config.norm_eps
@@ -35,7 +41,7 @@ class Block(nnx.Module):
         self.attention: LightningAttention | SoftmaxAttention = (
             LightningAttention(config, attention) if kind == LIGHTNING else SoftmaxAttention(config, attention)
         )
-        self.ffn = (Experts if config.num_experts else SwiGLU)(config, _part(params, "ffn/"))
+        self.ffn = (Experts if config.num_experts else SwiGLU)(config, _part(params, "ffn/"), transport)
 
     def __call__(
         self, x: Float[Array, "B T D"], slopes: Float[Array, " N"], layout: Layout, cached: LayerCache, *, train: bool
@@ -47,7 +53,8 @@ class Block(nnx.Module):
             mixed = checkpoint_name(mixed, "attention")
             x = self.alpha * (normed if self.deepnorm else x) + self.beta * mixed
         with jax.named_scope("ffn"):
+            order = "contiguous" if layout.split is None else layout.split.order
             normed = rms_norm(x, self.ffn_norm[...], self.eps)
-            mixed, stats = self.ffn(normed, layout.real, train=train)
+            mixed, stats = self.ffn(normed, layout.real, train=train, order=order)
             x = self.ffn_alpha * (normed if self.deepnorm else x) + self.ffn_beta * mixed
         return x, stats, cached

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mmx_jax.config import IN_ORDER, ModelConfig, SequenceSplit
+from mmx_jax.config import IN_ORDER, LOSSLESS, ExpertTransport, ModelConfig, SequenceSplit
 from mmx_jax.model.block import Block
 from mmx_jax.model.cache import Cache
 from mmx_jax.model.dot import DotPolicy, Weight
@@ -23,7 +23,7 @@ from parallel.lasp import ENTERING_STATE
 from parallel.sharding import constrain
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("aux_loss", "load", "dropped"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("aux_loss", "load", "dropped", "lost"), meta_fields=())
 @dataclass(frozen=True)
 class Aux:
     """What the layers report beside the hidden states; all fp32, over the real tokens of the batch."""
@@ -34,6 +34,8 @@ class Aux:
     """Share of each layer's routed slots that each expert receives; rows sum to 1."""
     dropped: Float[Array, " L"]
     """Share of each layer's routed slots over capacity."""
+    lost: Float[Array, " L"]
+    """Share of each layer's routed slots that found no place on the way to their expert."""
 
 
 REMAT_POLICIES = {
@@ -51,7 +53,14 @@ sequence axis: they are small, and gathering is slow."""
 class TextModel(nnx.Module):
     """A MiniMax-01 shaped language model over a flat dict of parameters (`spec.parameter_spec`)."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Weight], *, remat: str = "none"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Weight],
+        *,
+        remat: str = "none",
+        transport: ExpertTransport = LOSSLESS,
+    ):
         self.config = config
         self.remat = remat
         self.embedding = nnx.Param(params["embedding"])
@@ -63,13 +72,14 @@ class TextModel(nnx.Module):
             for r, run in enumerate(section.runs):
                 prefix = f"layers/{s}/{r}/"
                 part = {path.removeprefix(prefix): w for path, w in params.items() if path.startswith(prefix)}
-                blocks.append(Block(config, run.kind, part))
+                blocks.append(Block(config, run.kind, part, transport))
             self.sections.append(blocks)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding, unscaled (INV-30), in the compute dtype."""
         with jax.named_scope("embed"):
-            rows = DotPolicy(self.config.compute_dtype).cast(self.embedding[...])[tokens]
+            table = DotPolicy(self.config.compute_dtype).cast(self.embedding[...])
+            rows = constrain(table, "vocab", None)[tokens]
             return constrain(rows, "batch", "sequence", None)
 
     def backbone(
@@ -151,7 +161,7 @@ class TextModel(nnx.Module):
     def _aux(self, sections: list[RouterStats]) -> Aux:
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sections)
         loss = balance_loss(stats.fraction, stats.probability, self.config.aux_loss)
-        return Aux(loss, stats.fraction / self.config.experts_per_token, stats.dropped)
+        return Aux(loss, stats.fraction / self.config.experts_per_token, stats.dropped, stats.lost)
 
     def _updated(
         self, cache: Cache | None, layers: dict[str, LayerCache], segment_ids: Int[Array, "B T"]

@@ -25,7 +25,8 @@ def next_token_loss(
     """Mean negative log-likelihood of the targets under the loss mask, plus the weighted load-balancing loss.
 
     Metrics: "loss" (without the balancing loss) and "aux_loss" (without its coefficient), fp32 scalars in nats;
-    "source_loss" and "source_tokens" [S]: sums over the masked tokens of each source; "load" [L, E] and "dropped" [L].
+    "source_loss" and "source_tokens" [S]: sums over the masked tokens of each source; "load" [L, E]; "dropped" and
+    "lost" [L].
     """
     batch = arrange(batch, split.order)
     embeddings = model.embed(batch.tokens)
@@ -41,6 +42,7 @@ def next_token_loss(
             "source_tokens": jnp.einsum("BT,BTS->S", batch.loss_mask, source),
             "load": aux.load,
             "dropped": aux.dropped,
+            "lost": aux.lost,
         }
     return loss + model.config.aux_loss_coefficient * aux.aux_loss, metrics
 

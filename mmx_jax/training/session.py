@@ -145,6 +145,7 @@ class Session:
             "grad_norm": float(metrics["grad_norm"]),
             "learning_rate": sent.learning_rate,
             "drop_rate": float(metrics["drop_rate"].mean()),
+            "lost_rate": float(metrics["lost_rate"].mean()),
             "load_balance": float(metrics["load_balance"].mean()),
             "tokens_per_second": speed,
             "mfu": busy,

@@ -36,7 +36,7 @@ def make_train_step(
     The update takes the state, a batch [A, B, T], the number of its micro-batches that count, and the learning rate
     (fp32); it returns the state and fp32 metrics: those of the loss averaged over micro-batches (sums by source too),
     "grad_norm" before clipping, "finite", and by layer "load_balance" (highest load of an expert over the mean load)
-    and "drop_rate".
+    "drop_rate" (slots over capacity) and "lost_rate" (slots lost on the way to their experts).
 
     A stage whose ramp has one point runs all A micro-batches; otherwise the number is a loop bound, so that a ramp
     changes no shape. An update whose loss or gradient is not finite leaves the state bit for bit as it was.
@@ -51,7 +51,8 @@ def make_train_step(
         trainable = trainable_part(state.params, factors)
 
         def micro_loss(trainable: dict[str, Array], micro: Batch) -> tuple[Float[Array, ""], Metrics]:
-            return loss(TextModel(model, state.params | trainable, remat=stage.remat), micro)
+            params = state.params | trainable
+            return loss(TextModel(model, params, remat=stage.remat, transport=stage.transport), micro)
 
         count = batch.tokens.shape[0] if constant else num_micro
         gradients, metrics = _averaged(jax.value_and_grad(micro_loss, has_aux=True), trainable, batch, count)
@@ -96,4 +97,4 @@ def _summary(metrics: Metrics) -> Metrics:
     """Metrics with one figure per layer in place of every expert's load."""
     load = metrics.pop("load")
     balance = load.max(axis=1) * load.shape[1] if load.shape[1] else jnp.ones(load.shape[0])
-    return metrics | {"load_balance": balance, "drop_rate": metrics.pop("dropped")}
+    return metrics | {"load_balance": balance, "drop_rate": metrics.pop("dropped"), "lost_rate": metrics.pop("lost")}

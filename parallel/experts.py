@@ -1,0 +1,314 @@
+"""Experts over a mesh: the global router's queue, transport within the expert axis, combination (recipe §4.7, §8.1).
+
+Tokens are split as every activation is; expert weights have their own split (`experts`, `expert_embed`, `expert_ffn`
+of the rules). A routed row travels to the device that holds its expert by an all-to-all of blocks of one size. The
+width of the rows is split over the tensor axis while they travel: gathered before the experts' matmuls, summed and
+split again after them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul import grouped_matmul
+from parallel.rows import Queues, combine_slots, fill_blocks, gather_rows, gather_slots, queues
+from parallel.sharding import DEFAULT_RULES, Rules, ShardingError
+from parallel.stripes import gather_stripes, own_stripes, split
+
+
+class Mixed(NamedTuple):
+    """What the experts give back."""
+
+    out: Float[Array, "B T D"]
+    dropped: Float[Array, ""]
+    """Share of routed slots over capacity."""
+    lost: Float[Array, ""]
+    """Share of routed slots that found no place in a transport block."""
+
+
+def expert_capacity(share: Fraction, tokens: int | Int[Array, ""]) -> int | Int[Array, ""]:
+    """ceil(share * tokens) in exact integers, without leaving int32."""
+    whole, rest = tokens // share.denominator, tokens % share.denominator
+    return share.numerator * whole + -(-share.numerator * rest // share.denominator)
+
+
+def mix_experts(
+    x: Float[Array, "B T D"],
+    expert: Int[Array, "B T k"],
+    weight: Float[Array, "B T k"],
+    weights: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]],
+    *,
+    share: Fraction | None,
+    scope: str = "global",
+    order: str = "contiguous",
+    block_factor: float = 1.5,
+    max_rounds: int | None = None,
+    token_groups: int = 1,
+    rules: Rules = DEFAULT_RULES,
+) -> Mixed:
+    """Weighted sum of each token's SwiGLU experts on the mesh in use (`jax.set_mesh`).
+
+    Args:
+      x: tokens in the compute dtype, split as batch and sequence.
+      expert: ids of each token's experts; E for padding.
+      weight: router weights.
+      weights: gate, up and down of all experts, in the compute dtype.
+      share: an expert's capacity as a share of the real tokens; None drops nothing. The slots that an expert keeps are
+        the first ones in the order of the whole batch, on every mesh ("global"), or ("shard") of each device's tokens.
+      scope: "global" or "shard".
+      order: how rows are cut along the sequence axis (parallel/stripes.py).
+      block_factor: rows of a transport block over the rows that it carries when the routing is balanced.
+      max_rounds: all-to-alls per token group at most; rows that then still wait are lost and counted. None goes on
+        until none waits.
+      token_groups: parts of a device's tokens that travel one after the other, so that the matmuls of one can hide
+        the travel of another.
+      rules: the mesh axes.
+
+    Raises:
+      ShardingError: a size does not divide by its mesh axes; names both.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    _check_sizes(mesh, rules, x.shape, weights[0].shape)
+    tokens, shards = x.shape[0] * x.shape[1], _ways(mesh, rules.experts)
+    each = tokens // _ways(mesh, (*rules.batch, *rules.sequence))
+    if each % token_groups:
+        raise ShardingError(f"the {each} tokens of a device do not divide by token_groups = {token_groups}")
+    most = each // token_groups if share is None else min(each // token_groups, int(expert_capacity(share, tokens)))
+    plan = _Plan(rules, weights[0].shape[0], shards, expert.shape[2], share, scope == "global", order, block_factor,
+                 max_rounds, token_groups, most)  # fmt: skip
+    cells = PartitionSpec(rules.batch, rules.sequence)
+    into, outof = (rules.spec(("experts", *inner)) for inner in (_INTO, _INTO[::-1]))
+    rows = PartitionSpec(rules.batch, rules.sequence, rules.expert_ffn)
+    mapped = jax.shard_map(
+        partial(_local, plan),
+        mesh=mesh,
+        in_specs=(rows, cells, cells, into, into, outof),
+        out_specs=(rows, PartitionSpec(), PartitionSpec()),
+    )
+    return Mixed(*mapped(x, expert, weight, *weights))
+
+
+_INTO = ("expert_embed", "expert_ffn")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything static that one device needs to know."""
+
+    rules: Rules
+    num_experts: int
+    shards: int
+    """Devices of the expert axis."""
+    experts_per_token: int
+    share: Fraction | None
+    global_capacity: bool
+    order: str
+    block_factor: float
+    max_rounds: int | None
+    groups: int
+    most: int
+    """Slots of one expert that can wait in a token group."""
+
+    @property
+    def local_experts(self) -> int:
+        return self.num_experts // self.shards
+
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        """Mesh axes that split tokens."""
+        return (*self.rules.batch, *self.rules.sequence)
+
+
+def _ways(mesh: AbstractMesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _check_sizes(mesh: AbstractMesh, rules: Rules, x: tuple[int, ...], weights: tuple[int, ...]) -> None:
+    for name, size, axes in (
+        ("tokens: rows of the batch", x[0], rules.batch),
+        ("tokens: sequence length", x[1], rules.sequence),
+        ("tokens: model width", x[2], rules.expert_ffn),
+        ("experts: number of experts", weights[0], rules.experts),
+        ("experts: model width", weights[1], rules.expert_embed),
+        ("experts: hidden width", weights[2], rules.expert_ffn),
+    ):
+        if size % _ways(mesh, axes):
+            raise ShardingError(
+                f"{name} is {size}, which does not divide by the {_ways(mesh, axes)} shards of mesh axes {axes}"
+            )
+
+
+def _local(plan: _Plan, x: Array, expert: Array, weight: Array, *weights: Array) -> tuple[Array, Array, Array]:
+    """The work of one device: x [b, t, D / tensor], expert and weight [b, t, k], and its shards of the weights."""
+    b, t, width = x.shape
+    k, E = plan.experts_per_token, plan.num_experts
+    real = lax.psum((expert[..., 0] < E).sum(dtype=jnp.int32), plan.everywhere)
+    routed = jnp.maximum(real * k, 1)
+    with jax.named_scope("queue"):
+        kept = _kept(plan, expert, real)
+        kept_slots = lax.psum(kept.sum(dtype=jnp.int32), plan.everywhere)
+    with jax.named_scope("gather_weights"):
+        weights = tuple(_gathered(w, axis, plan.rules.expert_embed) for w, axis in zip(weights, (1, 1, 2)))
+    expert = jnp.where(kept, expert, E).reshape(plan.groups, -1, k)
+    parts = (x.reshape(plan.groups, -1, width), expert, weight.reshape(plan.groups, -1, k))
+    results = [_group(plan, weights, *(part[g] for part in parts)) for g in range(plan.groups)]
+    out = jnp.concatenate([mixed for mixed, _ in results]).reshape(b, t, width)
+    lost = lax.psum(sum(lost for _, lost in results), plan.everywhere)
+    return out, 1.0 - kept_slots / routed, lost / routed
+
+
+def _kept(plan: _Plan, expert: Int[Array, "b t k"], real: Int[Array, ""]) -> Array:
+    """Which slots are within their expert's capacity."""
+    E = plan.num_experts
+    chosen = expert < E
+    if plan.share is None:
+        return chosen
+    waiting = queues(expert.reshape(-1, expert.shape[2]), E)
+    rank = waiting.ranks(expert.reshape(-1, expert.shape[2])).reshape(expert.shape)
+    if not plan.global_capacity:
+        mine = chosen[..., 0].sum(dtype=jnp.int32)
+        return chosen & (rank < expert_capacity(plan.share, mine))
+    stripes = split(expert, plan.order)
+    counts = (stripes[..., None] == jnp.arange(E)).sum(axis=(2, 3), dtype=jnp.int32)
+    before = _slots_before(plan, counts)[:, :, None, None]
+    before = jnp.take_along_axis(before, jnp.minimum(stripes, E - 1)[..., None], axis=-1)[..., 0]
+    return chosen & (rank + before.reshape(rank.shape) < expert_capacity(plan.share, real))
+
+
+def _slots_before(plan: _Plan, counts: Int[Array, "b s E"]) -> Int[Array, "b s E"]:
+    """What to add to a slot's rank among this device's slots to get its rank in the order of the whole batch.
+
+    The order runs along the natural order of the sequence, then along the rows. `counts` are this device's slots by
+    row, stripe and expert.
+    """
+    b, s, E = counts.shape
+    parts = gather_stripes(jnp.moveaxis(counts, 1, 0))
+    earlier = jnp.arange(parts.shape[0]) < own_stripes(plan.order)[:, None]
+    in_row = jnp.where(earlier[:, :, None, None], parts, 0).sum(axis=1)
+    rows = parts.sum(axis=0)
+    blocks = lax.all_gather(rows.sum(axis=0), plan.rules.batch)
+    earlier = jnp.arange(blocks.shape[0]) < lax.axis_index(plan.rules.batch)
+    in_blocks = jnp.where(earlier[:, None], blocks, 0).sum(axis=0)
+    everywhere = jnp.moveaxis(in_row, 0, 1) + (jnp.cumsum(rows, axis=0) - rows)[:, None] + in_blocks
+    own = counts.reshape(b * s, E)
+    return everywhere - (jnp.cumsum(own, axis=0) - own).reshape(b, s, E)
+
+
+def _gathered(w: Array, axis: int, mesh_axes: tuple[str, ...]) -> Array:
+    return lax.all_gather(w, mesh_axes, axis=axis, tiled=True) if mesh_axes else w
+
+
+def _group(plan: _Plan, weights: tuple[Array, ...], x: Array, expert: Array, weight: Array) -> tuple[Array, Array]:
+    """Sends one group of tokens to its experts and back, in as many rounds as it takes; returns it and what was lost.
+
+    With capacity every expert has its block, and the blocks are one batched matmul. Dropless routing is less even: a
+    shard of experts has one block, whose rows are sorted by expert where they arrive.
+    """
+    waiting = queues(expert, plan.num_experts)
+    if plan.share is not None:
+        bins, starts, counts, most, one_block = expert, waiting.starts, waiting.counts, plan.most, _bucket_round
+    else:
+        each = plan.local_experts
+        bins, starts = expert // each, waiting.starts[::each]
+        counts = waiting.counts.reshape(-1, each).sum(axis=1)
+        most, one_block = plan.most * min(each, plan.experts_per_token), _sorted_round
+    block = _block_rows(plan, expert.shape[0], counts.shape[0], most)
+    rounds = min(math.ceil(most / block), plan.max_rounds or most)
+
+    def one(number: Array) -> Array:
+        first = number * block
+        blocks = fill_blocks(waiting, starts, counts, bins, block, first)
+        return combine_slots(one_block(plan, weights, gather_slots(x, blocks), waiting, first, block), blocks, weight)
+
+    out = one(jnp.int32(0))
+    if rounds > 1:
+        fullest = lax.pmax(counts.max(), plan.everywhere)
+        out = out + _further_rounds(one, out, rounds, -(-fullest // block))
+    return out, jnp.maximum(counts - rounds * block, 0).sum()
+
+
+def _block_rows(plan: _Plan, tokens: int, bins: int, most: int) -> int:
+    """Rows of a block: the balanced load times the block factor, a multiple of 8, at most what can wait."""
+    balanced = Fraction(str(plan.block_factor)) * tokens * plan.experts_per_token / bins
+    return min(-(-math.ceil(balanced) // 8) * 8, most)
+
+
+def _further_rounds(one: Callable[[Array], Array], like: Array, rounds: int, needed: Int[Array, ""]) -> Array:
+    """Sum of the rounds 1, 2, ... that are needed; all devices need the same ones.
+
+    A round that is not needed costs nothing, and none keeps anything for the backward pass but its number.
+    """
+    zeros = jnp.zeros_like(like)
+
+    @jax.checkpoint
+    def step(total: Array, number: Array) -> tuple[Array, None]:
+        return total + lax.cond(number < needed, one, lambda _: zeros, number), None
+
+    numbers = jnp.arange(1, rounds, dtype=jnp.int32)
+    return lax.cond(needed > 1, lambda: lax.scan(step, zeros, numbers)[0], lambda: zeros)
+
+
+def _bucket_round(
+    plan: _Plan, weights: tuple[Array, ...], rows: Float[Array, "R w"], waiting: Queues, first: Array, block: int
+) -> Float[Array, "R w"]:
+    """Sends a block for each expert, multiplies, and sends back."""
+    del waiting, first
+    arrived = _exchange(plan, rows.reshape(plan.shards, plan.local_experts, block, -1))
+    buckets = _widen(plan, arrived.transpose(1, 0, 2, 3).reshape(plan.local_experts, plan.shards * block, -1))
+    with jax.named_scope("expert_matmul"):
+        dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None)
+        gate, up, down = weights
+        hidden = jax.nn.silu(dot("ECD,EDF->ECF", buckets, gate)) * dot("ECD,EDF->ECF", buckets, up)
+        out = dot("ECF,EFD->ECD", hidden, down)
+    out = _narrow(plan, out).reshape(plan.local_experts, plan.shards, block, -1).transpose(1, 0, 2, 3)
+    return _exchange(plan, out).reshape(rows.shape)
+
+
+def _sorted_round(
+    plan: _Plan, weights: tuple[Array, ...], rows: Float[Array, "R w"], waiting: Queues, first: Array, block: int
+) -> Float[Array, "R w"]:
+    """Sends a block for each shard of experts, sorts what arrives by expert, multiplies, and sends back."""
+    each = plan.local_experts
+    counts = waiting.counts.reshape(-1, each)
+    ends = jnp.clip(jnp.cumsum(counts, axis=1) - first, 0, block)
+    ends = _exchange(plan, ends)
+    arrived = _exchange(plan, rows.reshape(plan.shards, block, -1)).reshape(plan.shards * block, -1)
+    local = (jnp.arange(block, dtype=jnp.int32)[None, :, None] >= ends[:, None, :]).sum(axis=2, dtype=jnp.int32)
+    here = queues(local.reshape(-1, 1), each)
+    filled = jnp.arange(here.order.size) < here.counts.sum()
+    to_sorted = jnp.where(filled, here.order, -1)
+    from_sorted = jnp.where(local.reshape(-1) < each, here.place, -1)
+    grouped = _widen(plan, gather_rows(arrived, to_sorted, from_sorted[:, None]))
+    with jax.named_scope("expert_matmul"):
+        gate, up, down = weights
+        hidden = jax.nn.silu(grouped_matmul(grouped, gate, here.counts)) * grouped_matmul(grouped, up, here.counts)
+        out = _narrow(plan, grouped_matmul(hidden, down, here.counts))
+    out = gather_rows(out, from_sorted, to_sorted[:, None])
+    return _exchange(plan, out.reshape(plan.shards, block, -1)).reshape(rows.shape)
+
+
+def _exchange(plan: _Plan, blocks: Array) -> Array:
+    """Block i of the first dimension goes to shard i of the experts, and comes from there."""
+    if plan.shards == 1:
+        return blocks
+    with jax.named_scope("all_to_all"):
+        return lax.all_to_all(blocks, plan.rules.experts, 0, 0, tiled=True)
+
+
+def _widen(plan: _Plan, rows: Array) -> Array:
+    """Rows of whole width, from the parts on the tensor axis."""
+    return lax.all_gather(rows, plan.rules.expert_ffn, axis=rows.ndim - 1, tiled=True)
+
+
+def _narrow(plan: _Plan, rows: Array) -> Array:
+    """This device's part of the width of the sum over the tensor axis."""
+    return lax.psum_scatter(rows, plan.rules.expert_ffn, scatter_dimension=rows.ndim - 1, tiled=True)
