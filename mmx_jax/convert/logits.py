@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from numpy.lib.format import MAGIC_PREFIX
 
+from mmx_jax.checkpoint import CheckpointStore, reader
+from mmx_jax.checkpoint.store import step_folder_name
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.errors import ConvertError
 from mmx_jax.convert.files import new_output, open_regular
@@ -23,7 +25,8 @@ def load_params(checkpoint: str | Path, step: int | None = None) -> tuple[ModelC
 
     Raises: ConvertError when there is no step; CheckpointError when it is damaged.
     """
-    store, number = find_step(checkpoint, step)
+    folder, number = find_step(checkpoint, step)
+    store = CheckpointStore(folder)
     metadata = store.metadata(number)
     config = stored_model(metadata)
     dtypes = {path: spec.dtype for path, spec in parameter_spec(config).items()}
@@ -108,8 +111,8 @@ def logits_file(
     """
     ids = read_tokens(tokens)
     target, partial = new_output(output)
-    store, step = find_step(checkpoint)
-    config = stored_model(store.metadata(step))
+    folder, step = find_step(checkpoint)
+    config = stored_model(reader.read_manifest(folder / step_folder_name(step)).metadata)
     _check_tokens(config, ids, tokens)
     nbytes = ids.size * config.vocab_size * np.dtype(np.float32).itemsize
     created = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmx_jax.checkpoint import CheckpointDamagedError, CheckpointStore, Problem, layout, reader
+from mmx_jax.checkpoint import CheckpointDamagedError, Problem, layout, reader
 from mmx_jax.checkpoint.layout import ArrayRecord, Index
 from mmx_jax.checkpoint.store import is_complete, step_folder_name, steps_on_disk
 from mmx_jax.config import ModelConfig, RunConfig, from_dict
@@ -21,6 +21,11 @@ CHECKPOINTS = "checkpoints"
 CACHE_BYTES = 2**30
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """Numbers of the complete steps in a folder of checkpoints, ascending; uses no accelerator and no lock."""
+    return [step for step in steps_on_disk(folder) if is_complete(folder / step_folder_name(step))]
+
+
 def locate(folder: str | Path) -> tuple[Path, int | None] | None:
     """The folder of checkpoints that a path means, and the step when the path is a single one; None when it is neither.
 
@@ -29,7 +34,7 @@ def locate(folder: str | Path) -> tuple[Path, int | None] | None:
     """
     path = Path(folder).absolute()
     for candidate in (path, path / CHECKPOINTS):
-        if any(is_complete(candidate / step_folder_name(step)) for step in steps_on_disk(candidate)):
+        if complete_steps(candidate):
             return candidate, None
     parts = (layout.CHECKSUMS_FILE, layout.METADATA_FILE, layout.ARRAYS_FOLDER)
     is_name = re.fullmatch(r"\d{8,}", path.name) and step_folder_name(int(path.name)) == path.name
@@ -38,21 +43,21 @@ def locate(folder: str | Path) -> tuple[Path, int | None] | None:
     return None
 
 
-def find_step(folder: str | Path, step: int | None = None) -> tuple[CheckpointStore, int]:
-    """The store and the step that a path means: a workdir, its folder of checkpoints, or one step's folder.
+def find_step(folder: str | Path, step: int | None = None) -> tuple[Path, int]:
+    """The folder of checkpoints and the step that a path means: a workdir, its folder of checkpoints, or one step.
 
     Raises: ConvertError when there is none.
     """
+    advice = "name a workdir, its folder of checkpoints, or one step in it"
     found = locate(folder)
-    if found is not None:
-        path, only = found
-        store = CheckpointStore(path)
-        steps = store.steps()
-        wanted = only if only is not None else step if step is not None else steps[-1]
-        if wanted in steps:
-            return store, wanted
-    kind = "checkpoint" if found is None else f"complete checkpoint of step {wanted}"
-    raise ConvertError(f"{folder}: holds no {kind}; name a workdir, its folder of checkpoints, or one step in it")
+    if found is None:
+        raise ConvertError(f"{folder}: holds no checkpoint; {advice}")
+    path, only = found
+    steps = complete_steps(path)
+    wanted = only if only is not None else step if step is not None else steps[-1]
+    if wanted not in steps:
+        raise ConvertError(f"{folder}: holds no complete checkpoint of step {wanted}; {advice}")
+    return path, wanted
 
 
 def stored_model(metadata: dict[str, Any]) -> ModelConfig:
@@ -70,9 +75,8 @@ class StoredWeights:
 
         Raises: ConvertError when the step holds no such model, or its weights are quantised; CheckpointDamagedError.
         """
-        store, self.step = find_step(folder, step)
-        self.folder = store.folder
-        self._manifest = reader.read_manifest(store.folder / f"{self.step:08d}")
+        self.folder, self.step = find_step(folder, step)
+        self._manifest = reader.read_manifest(self.folder / step_folder_name(self.step))
         self.metadata = self._manifest.metadata
         if self.metadata.get("quantization"):
             raise ConvertError(f"{folder}: its weights are quantised; convert the checkpoint that they were made from")
