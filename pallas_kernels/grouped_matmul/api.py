@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
-from pallas_kernels.grouped_matmul import blocked
+from pallas_kernels.grouped_matmul import blocked, triton
 
-NAMES = ("blocked", "dense", "ragged_dot", "tokamax")
+NAMES = ("blocked", "dense", "ragged_dot", "tokamax", "triton")
 """Every name that `implementation=` accepts."""
 
 
@@ -27,7 +27,9 @@ class Implementation:
 
     matmul(x [M, D], w [E, D, F], group_sizes, transposed): [M, F], or with `transposed` [M, D] from x [M, F].
     weight_gradient(x [M, D], dy [M, F], group_sizes): [E, D, F].
-    obstacle(x, w): why a call cannot run, or None. What rows beyond the groups hold is not their business.
+    obstacle(x, w): why a call cannot run, or None.
+
+    Rows beyond the groups are 0 in the result of `matmul`, and what they hold reaches nothing.
     """
 
     matmul: Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
@@ -78,7 +80,7 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(name: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return _rows(_implementation(name).matmul(x, w, group_sizes, False), x, group_sizes)
+    return _implementation(name).matmul(x, w, group_sizes, False).astype(x.dtype)
 
 
 def _product_forward(name: str, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -88,24 +90,18 @@ def _product_forward(name: str, *arguments: jax.Array) -> tuple[jax.Array, tuple
 def _product_backward(name: str, arguments: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
     x, w, group_sizes = arguments
     chosen = _implementation(name)
-    dx = _rows(chosen.matmul(dy, w, group_sizes, True), x, group_sizes)
+    dx = chosen.matmul(dy.astype(x.dtype), w, group_sizes, True).astype(x.dtype)
     return dx, chosen.weight_gradient(x, dy, group_sizes).astype(w.dtype), None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _rows(y: jax.Array, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Erases the rows that belong to no expert."""
-    belongs = jnp.arange(y.shape[0]) < jnp.sum(group_sizes)
-    return jnp.where(belongs[:, None], y, 0).astype(x.dtype)
-
-
 def _candidates() -> tuple[str, ...]:
     if dispatch.platform() == "tpu":
         return ("ragged_dot",)
     capability = dispatch.compute_capability() if dispatch.platform() == "gpu" else None
-    return ("tokamax",) if capability is not None and int(capability) == 9 else ()
+    return ("triton",) if capability is not None and capability >= 8 else ()
 
 
 @functools.cache
@@ -114,6 +110,8 @@ def _implementation(name: str) -> Implementation:
         return Implementation(blocked.matmul, blocked.weight_gradient)
     if name == "dense":
         return Implementation(_dense_matmul, _dense_weight_gradient)
+    if name == "triton":
+        return Implementation(triton.matmul, triton.weight_gradient, triton.obstacle)
     if name == "ragged_dot":
         return _ragged(lax.ragged_dot_general, _ragged_dot_obstacle)
     import tokamax._src.ops.ragged_dot.api as tokamax_api
@@ -133,8 +131,13 @@ def _ragged(
     def call(a: jax.Array, b: jax.Array, sizes: jax.Array, dimensions: lax.RaggedDotDimensionNumbers) -> jax.Array:
         return general(a, b, sizes, dimensions, precision=_precision(a), preferred_element_type=accumulator(a))
 
+    def matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
+        y = call(x, w, sizes, numbers(1, 2 if transposed else 1, (0,)))
+        belongs = jnp.arange(y.shape[0]) < jnp.sum(sizes)
+        return jnp.where(belongs[:, None], y, 0)
+
     return Implementation(
-        lambda x, w, sizes, transposed: call(x, w, sizes, numbers(1, 2 if transposed else 1, (0,))),
+        matmul,
         lambda x, dy, sizes: call(x, dy, sizes, numbers(0, 0, ())),
         obstacle,
     )

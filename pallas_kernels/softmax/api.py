@@ -4,6 +4,7 @@ Causal, packed, offset (chunked prefill) and context-parallel masks are all rang
 """
 
 import functools
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import jax
@@ -12,16 +13,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
-from pallas_kernels.softmax import chunked
+from pallas_kernels.softmax import chunked, splash, triton
 from pallas_kernels.softmax.chunked import Ranges
 
-NAMES = ("chunked", "cudnn", "dense")
+NAMES = ("chunked", "cudnn", "dense", "splash", "triton")
 """Every name that `implementation=` accepts."""
+LEAST_QUERIES = 16
+"""For fewer, as in decoding, a kernel that shares the work out by queries would leave most of the GPU idle."""
 
 
 def implementations() -> tuple[str, ...]:
     """Names the implementations that can run on the present platform, best first."""
-    return (*_candidates(), "chunked", "dense")
+    return (*_candidates(LEAST_QUERIES, plain=True), "chunked", "dense")
 
 
 @overload
@@ -81,25 +84,38 @@ def softmax_attention(
     """
     _check(q, k, v, k_start, k_end)
 
+    plain = k_start is None
+
     def obstacle(name: str) -> str | None:
-        return _cudnn_obstacle(q, k, plain=k_start is None, lse=return_lse) if name == "cudnn" else None
+        if name == "cudnn":
+            return _cudnn_obstacle(q, k, plain=plain, lse=return_lse)
+        if name == "splash":
+            return splash.supports(q, k, lse=return_lse)
+        return triton.supports(q, k, scale) if name == "triton" else None
 
     title = f"softmax_attention of {q.dtype.name}{list(q.shape)} over {k.shape[1]} keys"
-    name = dispatch.choose(title, _candidates(), obstacle, fallback="chunked", forced=implementation, known=NAMES)
+    candidates = _candidates(q.shape[1], plain=plain and not return_lse)
+    name = dispatch.choose(title, candidates, obstacle, fallback="chunked", forced=implementation, known=NAMES)
     if name == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
     q, k, v, *ends = alike(q, k, v, *_ranges(q, k, k_start, k_end))
     ranges = Ranges(*ends)
     if name == "dense":
         o, lse = _dense(scale, q, k, v, ranges)
+    elif name == "splash":
+        return _splash(scale, q, k, v, ranges)
     else:
-        o, lse = _chunked(return_lse, scale, q, k, v, ranges)
+        o, lse = _attention(name, return_lse, scale, q, k, v, ranges)
     return (o, lse) if return_lse else o
 
 
-def _candidates() -> tuple[str, ...]:
+def _candidates(queries: int, *, plain: bool) -> tuple[str, ...]:
+    if dispatch.platform() == "tpu":
+        return ("splash",) if queries >= LEAST_QUERIES else ()
     capability = dispatch.compute_capability() if dispatch.platform() == "gpu" else None
-    return ("cudnn",) if capability is not None and capability >= 8 else ()
+    if capability is None or capability < 8 or queries < LEAST_QUERIES:
+        return ()
+    return ("cudnn", "triton") if plain else ("triton",)
 
 
 def _cudnn_obstacle(q: jax.Array, k: jax.Array, *, plain: bool, lse: bool) -> str | None:
@@ -123,27 +139,43 @@ def _ranges(q: jax.Array, k: jax.Array, k_start: jax.Array | None, k_end: jax.Ar
     return Ranges(jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(
-    return_lse: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(
+    name: str, return_lse: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges
 ) -> tuple[jax.Array, Any]:
-    o, lse = chunked.forward(q, k, v, ranges, scale)
+    """Runs one of the modules that compute their own gradients, also through the log-sum-exp."""
+    o, lse = _module(name).forward(q, k, v, ranges, scale)
     return o, lse if return_lse else None
 
 
-def _chunked_forward(
-    return_lse: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges
-) -> tuple[Any, Any]:
-    o, lse = chunked.forward(q, k, v, ranges, scale)
+def _attention_forward(name: str, return_lse: bool, scale: float, *arguments: Any) -> tuple[Any, Any]:
+    q, k, v, ranges = arguments
+    o, lse = _module(name).forward(q, k, v, ranges, scale)
     return (o, lse if return_lse else None), (q, k, v, ranges, o, lse)
 
 
-def _chunked_backward(return_lse: bool, scale: float, residuals: Any, gradients: Any) -> Any:
+def _attention_backward(name: str, return_lse: bool, scale: float, residuals: Any, gradients: Any) -> Any:
     q, k, v, ranges, o, lse = residuals
-    return (*chunked.backward(q, k, v, ranges, scale, o, lse, *gradients), None)
+    return (*_module(name).backward(q, k, v, ranges, scale, o, lse, *gradients), None)
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _module(name: str) -> ModuleType:
+    return {"chunked": chunked, "triton": triton}[name]
+
+
+def _splash(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges) -> jax.Array:
+    """Runs splash where the ranges turn out to be packed segments, and the chunked form where they do not."""
+    return jax.lax.cond(
+        splash.packed(ranges),
+        lambda *tokens: splash.attention(*tokens, ranges, scale),
+        lambda *tokens: _attention("chunked", False, scale, *tokens, ranges)[0],
+        q,
+        k,
+        v,
+    )
 
 
 def _dense(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges) -> tuple[jax.Array, jax.Array]:
