@@ -20,12 +20,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arrays import accumulator, alike, varying_like
+from pallas_kernels.arrays import accumulator
 from pallas_kernels.softmax import chunked
 from pallas_kernels.softmax import softmax_attention as local_attention
 from pallas_kernels.softmax.chunked import Ranges
 from parallel.sharding import Rules, ShardingError
-from parallel.stripes import AXIS, STRIPES, gather_tokens, partition, scatter_tokens, split, stripes_of
+from parallel.stripes import AXIS, STRIPES, gather_tokens, on_ranks, partition, scatter_tokens, split, stripes_of
 
 EXCHANGES = ("gather", "ring")
 
@@ -79,9 +79,9 @@ def _forward(plan: _Plan, q: Array, k: Array, v: Array, k_start: Array, k_end: A
     kv, heads, rows = _key_partition(k), partition(*_HEADS), partition(*_ROWS)
 
     def local(q: Array, k: Array, v: Array, k_start: Array, k_end: Array) -> tuple[Array, Array]:
-        return function(plan, *alike(q, *_own_heads(kv, k, v), k_start, k_end))
+        return function(plan, q, _own_heads(k, kv), _own_heads(v, kv), k_start, k_end)
 
-    mix = jax.shard_map(local, in_specs=(heads, kv, kv, rows, rows), out_specs=(heads, partition(*_HEADS[:3])))
+    mix = on_ranks(local, in_specs=(heads, kv, kv, rows, rows), out_specs=(heads, partition(*_HEADS[:3])))
     o, lse = mix(q, k, v, k_start, k_end)
     return o, (q, k, v, k_start, k_end, o, lse)
 
@@ -91,12 +91,11 @@ def _backward(plan: _Plan, saved: tuple, do: Array) -> tuple:
     kv, heads, rows = _key_partition(saved[1]), partition(*_HEADS), partition(*_ROWS)
 
     def local(q: Array, k: Array, v: Array, k_start: Array, k_end: Array, *results: Array) -> tuple[Array, ...]:
-        own, pullback = jax.vjp(partial(_own_heads, kv), k, v)
-        dq, *down = function(plan, *alike(q, *own, k_start, k_end, *results))
-        return dq, *pullback(tuple(down))
+        dq, dk, dv = function(plan, q, _own_heads(k, kv), _own_heads(v, kv), k_start, k_end, *results)
+        return dq, _all_heads(dk, k, kv), _all_heads(dv, v, kv)
 
     specs = (heads, kv, kv, rows, rows, heads, partition(*_HEADS[:3]), heads)
-    dq, dk, dv = jax.shard_map(local, in_specs=specs, out_specs=(heads, kv, kv))(*saved, do)
+    dq, dk, dv = on_ranks(local, in_specs=specs, out_specs=(heads, kv, kv))(*saved, do)
     return dq, dk, dv, None, None
 
 
@@ -112,13 +111,23 @@ def _key_partition(k: Array) -> PartitionSpec:
     return partition("batch", "sequence", None if heads % ways else "kv_heads", None)
 
 
-def _own_heads(partition: PartitionSpec, *keys: Array) -> tuple[Array, ...]:
+def _own_heads(keys: Array, partition: PartitionSpec) -> Array:
     """Of replicated key heads takes the one that this rank's query heads read."""
-    if partition[2] is not None:
-        return keys
+    return keys if partition[2] else lax.dynamic_slice_in_dim(keys, _own_head(keys), 1, axis=2)
+
+
+def _all_heads(gradient: Array, keys: Array, partition: PartitionSpec) -> Array:
+    """Sums the ranks' gradients of replicated key heads: the transpose of `_own_heads`."""
+    if partition[2]:
+        return gradient
+    zeros = jnp.zeros(keys.shape, accumulator(keys))
+    placed = lax.dynamic_update_slice_in_dim(zeros, gradient.astype(zeros.dtype), _own_head(keys), axis=2)
+    return lax.psum(placed, Rules().kv_heads).astype(keys.dtype)
+
+
+def _own_head(keys: Array) -> Array:
     axes = Rules().kv_heads
-    head = lax.axis_index(axes) * keys[0].shape[2] // lax.axis_size(axes)
-    return tuple(lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in keys)
+    return lax.axis_index(axes) * keys.shape[2] // lax.axis_size(axes)
 
 
 def _gather_forward(plan: _Plan, q: Array, k: Array, v: Array, start: Array, end: Array) -> tuple[Array, Array]:
@@ -139,7 +148,7 @@ def _gather_backward(
 def _ring_forward(plan: _Plan, q: Array, k: Array, v: Array, start: Array, end: Array) -> tuple[Array, Array]:
     ring = _Ring(plan.order, q.shape[1])
     q, k, v, start, end = map(ring.stripes, (q, k, v, start, end))
-    zeros = varying_like(jnp.zeros(q.shape, accumulator(q)), q)
+    zeros = jnp.zeros(q.shape, accumulator(q))
 
     def visit(a: Array, b: Array, seen: Ranges, kv: tuple[Array, Array], carry: _Part) -> _Part:
         keys, values = (_take(x, b) for x in kv)
@@ -165,7 +174,7 @@ def _ring_backward(
 ) -> tuple[Array, ...]:
     ring = _Ring(plan.order, q.shape[1])
     q, k, v, start, end, o, lse, do = map(ring.stripes, (q, k, v, start, end, o, lse, do))
-    dq, dk, dv = (varying_like(jnp.zeros(x.shape, accumulator(x)), x) for x in (q, k, v))
+    dq, dk, dv = (jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
 
     def visit(a: Array, b: Array, seen: Ranges, kv: tuple[Array, Array], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         keys, values = (_take(x, b) for x in kv)

@@ -26,7 +26,7 @@ from pallas_kernels.lightning import (
     lightning_backward,
 )
 from pallas_kernels.lightning import lightning_attention as local_attention
-from parallel.stripes import STRIPES, gather_stripes, gather_tokens, own_stripes, partition, split
+from parallel.stripes import STRIPES, gather_stripes, gather_tokens, on_ranks, own_stripes, partition, split
 
 ENTERING_STATE = "entering_state"
 """Checkpoint name of the states [B, W, N, H, H] fp32 that enter the stripes; every remat policy must keep it."""
@@ -126,7 +126,7 @@ def _forward(
     entering = _exchange(k, v, slopes, segment_ids, passage.entering, order=order, reverse=False)
     entering = checkpoint_name(entering, ENTERING_STATE)
     tokens, rates, rows, states = partition(*_HEADS), partition("heads"), partition(*_ROWS), partition(*_STATES)
-    mix = jax.shard_map(local, in_specs=(tokens, tokens, tokens, rates, rows, states), out_specs=tokens)
+    mix = on_ranks(local, in_specs=(tokens, tokens, tokens, rates, rows, states), out_specs=tokens)
     o = mix(q, k, v, slopes, segment_ids, entering)
     return o, (q, k, v, slopes, segment_ids, passage, entering)
 
@@ -147,7 +147,7 @@ def _backward(order: str, saved: tuple, do: Array) -> tuple:
     dleaving = _exchange(q, do, slopes, segment_ids, passage.leaving, order=order, reverse=True)
     tokens, rates, rows, states = partition(*_HEADS), partition("heads"), partition(*_ROWS), partition(*_STATES)
     specs = (tokens, tokens, tokens, rates, rows, tokens, states, states)
-    mix = jax.shard_map(local, in_specs=specs, out_specs=(tokens,) * 3)
+    mix = on_ranks(local, in_specs=specs, out_specs=(tokens,) * 3)
     return *mix(q, k, v, slopes, segment_ids, do, entering, dleaving), None, None, None
 
 
@@ -170,7 +170,7 @@ def _exchange(
 
     tokens, states = partition(*_HEADS), partition(*_STATES)
     specs = (tokens, tokens, partition("heads"), partition(*_ROWS), partition(*_AGES))
-    return jax.shard_map(local, in_specs=specs, out_specs=states)(k, v, slopes, segment_ids, ages)
+    return on_ranks(local, in_specs=specs, out_specs=states)(k, v, slopes, segment_ids, ages)
 
 
 def _as_rows(x: Array, order: str) -> Array:

@@ -5,6 +5,7 @@ so that under a causal mask every rank has the same work (recipe §8.2, INV-39).
 `jax.shard_map`, where an array holds a rank's own tokens [B, T / P, ...], stripe after stripe.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,13 @@ def sequence_ranks() -> int:
 def partition(*axes: str | None) -> PartitionSpec:
     """How `Rules` splits an array with these logical axes."""
     return Rules().spec(axes)
+
+
+on_ranks = functools.partial(jax.shard_map, check_vma=False)
+"""`jax.shard_map` for functions that call kernels, which do not say how their results vary over the mesh.
+
+Such a function is not differentiated by JAX, and every sum over ranks stands in it.
+"""
 
 
 def arrange(batch: Any, order: str) -> Any:
