@@ -1,5 +1,6 @@
 """An import that was stopped, or whose folder was damaged since, ends as one that never was; others' work stays."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,10 +10,12 @@ import safetensors.numpy
 
 from mmx_jax.checkpoint import CheckpointStore
 from mmx_jax.convert import ConvertError, compare_weights, import_weights, importing
+from mmx_jax.convert.journal import Journal
 from tests.fidelity.common import tiny_folder
 
-ARRAYS = "checkpoints/00000000.importing/arrays"
-JOURNAL = "checkpoints/00000000.importing/import.journal"
+FOLDER = "checkpoints/00000000.importing"
+ARRAYS = f"{FOLDER}/arrays"
+JOURNAL = f"{FOLDER}/import.journal"
 
 
 class Stopped(Exception):
@@ -127,6 +130,16 @@ def test_a_line_after_half_a_line_counts(stopped):
     assert len(written) == 1
     assert_finishes(source, work)
     assert len(written) == 1
+
+
+def test_two_imports_at_once(stopped):
+    """The second is told; the first loses nothing."""
+    source, work, written = stopped
+    busy = pytest.raises(ConvertError, match="another import is writing here")
+    with contextlib.closing(Journal(work / FOLDER, "x" * 64)), busy:
+        import_weights(source, work, progress=False)
+    assert_finishes(source, work)
+    assert len(written) == len(safetensors_of(source))  # another fingerprint: all of it anew
 
 
 def test_a_folder_that_no_import_made_stays(tmp_path):
