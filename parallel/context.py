@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import accumulator
-from pallas_kernels.softmax import chunked
 from pallas_kernels.softmax import softmax_attention as local_attention
+from pallas_kernels.softmax import softmax_backward
 from pallas_kernels.softmax.chunked import Ranges
 from parallel.sharding import Rules, ShardingError
 from parallel.stripes import AXIS, STRIPES, gather_tokens, on_ranks, partition, scatter_tokens, split, stripes_of
@@ -139,7 +139,7 @@ def _gather_backward(
     plan: _Plan, q: Array, k: Array, v: Array, start: Array, end: Array, o: Array, lse: Array, do: Array
 ) -> tuple[Array, ...]:
     keys, values = (gather_tokens(x, plan.order) for x in (k, v))
-    dq, *down = chunked.backward(q, keys, values, Ranges(start, end), plan.scale, o, lse, do, None)
+    dq, *down = softmax_backward(q, keys, values, start, end, o, lse, do, scale=plan.scale)
     # P parts of each gradient are added in the accumulator's dtype.
     dk, dv = (scatter_tokens(x.astype(accumulator(x)), plan.order).astype(x.dtype) for x in down)
     return dq, dk, dv
@@ -178,9 +178,8 @@ def _ring_backward(
 
     def visit(a: Array, b: Array, seen: Ranges, kv: tuple[Array, Array], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         keys, values = (_take(x, b) for x in kv)
-        parts = chunked.backward(
-            _take(q, a), keys, values, seen, plan.scale, _take(o, a), _take(lse, a), _take(do, a), None
-        )
+        results = (_take(o, a), _take(lse, a), _take(do, a))
+        parts = softmax_backward(_take(q, a), keys, values, *seen, *results, scale=plan.scale)
         return tuple(_add(x, part, i) for x, part, i in zip(carry, parts, (a, b, b)))
 
     def hop(i: Array, carry: tuple) -> tuple:

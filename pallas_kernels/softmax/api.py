@@ -109,6 +109,46 @@ def softmax_attention(
     return (o, lse) if return_lse else o
 
 
+def softmax_backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    k_start: Int[Array, "B T"],
+    k_end: Int[Array, "B T"],
+    o: Float[Array, "B T N H"],
+    lse: Float[Array, "B T N"],
+    do: Float[Array, "B T N H"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns the parts of dq, dk and dv (in their arrays' dtypes) that come from the keys given.
+
+    These may be a piece of all keys: where output and log-sum-exp are those over all, the parts of all pieces add up to
+    the gradients (INV-39).
+
+    Args:
+        q, k, v, k_start, k_end, scale: as given to `softmax_attention`; ranges count from the first key given.
+        o, lse: the output and its log-sum-exp over all keys.
+        do: gradient arriving at the output.
+        implementation: "chunked" or "triton" to force; by default the best one for platform, shape and dtype.
+
+    Raises:
+        ValueError: shapes disagree, or the forced implementation cannot run this call.
+    """
+    _check(q, k, v, k_start, k_end)
+
+    def obstacle(name: str) -> str | None:
+        return triton.supports(q, k, scale) if name == "triton" else None
+
+    title = f"softmax_backward of {q.dtype.name}{list(q.shape)} over {k.shape[1]} keys"
+    candidates = [name for name in _candidates(q.shape[1], plain=False) if name == "triton"]
+    known = ("chunked", "triton")
+    name = dispatch.choose(title, candidates, obstacle, fallback="chunked", forced=implementation, known=known)
+    q, k, v, start, end, o, lse, do = alike(q, k, v, *_ranges(q, k, k_start, k_end), o, lse, do)
+    return _module(name).backward(q, k, v, Ranges(start, end), scale, o, lse, do, None)
+
+
 def _candidates(queries: int, *, plain: bool) -> tuple[str, ...]:
     if dispatch.platform() == "tpu":
         return ("splash",) if queries >= LEAST_QUERIES else ()

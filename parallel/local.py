@@ -1,0 +1,89 @@
+"""Attention kernels on a mesh: each device runs them on its own rows and heads.
+
+The compiler cannot split a kernel; without `jax.shard_map` it would gather the arguments of all devices on each.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import lightning, softmax
+from parallel.sharding import DEFAULT_RULES, ShardingError
+
+_ROWS = ("batch", None)
+_HEADS = ("batch", None, "heads", None)
+_KEYS = ("batch", None, "kv_heads", None)
+
+
+def lightning_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    slopes: Float[Array, " N"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """`pallas_kernels.lightning.lightning_attention` of whole packed rows, on the mesh in use or on one device."""
+
+    def local(q: Array, k: Array, v: Array, slopes: Array, ids: Array) -> Array:
+        return lightning.lightning_attention(q, k, v, slopes, segment_ids=ids)
+
+    spec = DEFAULT_RULES.spec
+    heads, specs = spec(_HEADS), (spec(("heads",)), spec(_ROWS))
+    return _mapped(local, (heads, heads, heads, *specs), heads)(q, k, v, slopes, segment_ids)
+
+
+def softmax_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    k_start: Int[Array, "B T"],
+    k_end: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`pallas_kernels.softmax.softmax_attention` of whole rows, on the mesh in use or on one device.
+
+    Where the mesh splits query heads more ways than there are key/value heads, all devices hold all of these, and each
+    reads the one of its query heads (INV-21).
+
+    Raises:
+      ShardingError: neither the number of key/value heads nor that of their shards divides the other.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape.get(axis, 1) for axis in DEFAULT_RULES.kv_heads)
+    shared = k.shape[2] < ways
+    if (ways % k.shape[2]) if shared else (k.shape[2] % ways):
+        raise ShardingError(
+            f"softmax attention: {k.shape[2]} key/value heads and the {ways} shards of mesh axes "
+            f"{DEFAULT_RULES.kv_heads}: neither divides the other"
+        )
+
+    def local(q: Array, k: Array, v: Array, start: Array, end: Array) -> Array:
+        if shared:
+            k, v = (_own_head(x) for x in (k, v))
+        return softmax.softmax_attention(q, k, v, k_start=start, k_end=end, scale=scale)
+
+    spec = DEFAULT_RULES.spec
+    keys = spec(("batch", None, None, None) if shared else _KEYS)
+    return _mapped(local, (spec(_HEADS), keys, keys, spec(_ROWS), spec(_ROWS)), spec(_HEADS))(q, k, v, k_start, k_end)
+
+
+def _own_head(keys: Float[Array, "B S K H"]) -> Float[Array, "B S 1 H"]:
+    """Of all key/value heads, the one that this device's query heads read."""
+    axes = DEFAULT_RULES.kv_heads
+    head = lax.axis_index(axes) * keys.shape[2] // lax.axis_size(axes)
+    return lax.dynamic_slice_in_dim(keys, head, 1, axis=2)
+
+
+def _mapped(
+    function: Callable[..., Array], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+) -> Callable[..., Array]:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return partial(jax.shard_map, in_specs=in_specs, out_specs=out_specs)(function)
