@@ -211,16 +211,18 @@ def _group(plan: _Plan, weights: tuple[Array, ...], x: Array, expert: Array, wei
     """Sends one group of tokens to its experts and back, in as many rounds as it takes; returns it and what was lost.
 
     With capacity every expert has its block, and the blocks are one batched matmul. Dropless routing is less even: a
-    shard of experts has one block, whose rows are sorted by expert where they arrive.
+    shard of experts has one block, whose rows are sorted by expert where they arrive. So it is where nothing travels,
+    with or without capacity: one block then holds all that can wait.
     """
     waiting = queues(expert, plan.num_experts)
-    if plan.share is not None:
+    if plan.share is not None and plan.shards > 1:
         bins, starts, counts, most, one_block = expert, waiting.starts, waiting.counts, plan.most, _bucket_round
     else:
         each = plan.local_experts
         bins, starts = expert // each, waiting.starts[::each]
         counts = waiting.counts.reshape(-1, each).sum(axis=1)
-        most, one_block = plan.most * min(each, plan.experts_per_token), _sorted_round
+        most = min(expert.shape[0] * min(each, plan.experts_per_token), each * plan.most)
+        one_block = _sorted_round
     block = _block_rows(plan, expert.shape[0], counts.shape[0], most)
     rounds = min(math.ceil(most / block), plan.max_rounds or most)
 

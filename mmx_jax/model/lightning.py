@@ -14,7 +14,7 @@ from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import LayerCache, Layout
 from pallas_kernels.lightning import decode_step, lightning_attention
 from pallas_kernels.norm_gate import norm_gate
-from parallel import lasp
+from parallel import lasp, local
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -95,5 +95,5 @@ def _mixed(
 ) -> Float[Array, "B T N H"]:
     """Attention of whole packed rows, or of rows that are split over the mesh."""
     if layout.split is None or layout.passage is None:
-        return lightning_attention(q, k, v, slopes, segment_ids=layout.segment_ids)
+        return local.lightning_attention(q, k, v, slopes, layout.segment_ids)
     return lasp.lightning_attention(q, k, v, slopes, layout.segment_ids, layout.passage, order=layout.split.order)

@@ -72,8 +72,8 @@ class Experts(nnx.Module):
         """Weighted sum of each token's experts, and routing statistics.
 
         Padding takes no capacity and gives zeros. With a capacity factor, `train` drops the slots over capacity
-        (they contribute nothing; the other expert's weight stays); otherwise every slot is computed (INV-23). `order` is
-        how rows are cut along the mesh's sequence axis (parallel/stripes.py): capacity goes by the natural order.
+        (they contribute nothing; the other expert's weight stays); otherwise every slot is computed (INV-23). Capacity
+        goes by the natural order of tokens; `order` is how they lie on the sequence axis (parallel/stripes.py).
         """
         routing = route(x, self.router[...], self.experts_per_token, real)
         share = None

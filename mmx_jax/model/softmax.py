@@ -10,8 +10,7 @@ from mmx_jax.config import ModelConfig
 from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import LayerCache, Layout
 from mmx_jax.model.rope import rotate
-from pallas_kernels.softmax import softmax_attention
-from parallel import context
+from parallel import context, local
 
 
 def append(
@@ -50,7 +49,7 @@ class SoftmaxAttention(nnx.Module):
             cached = (append(keys, k, layout.k_end), append(values, v, layout.k_end))
             k, v = (entries.astype(q.dtype) for entries in cached)
         if layout.split is None:
-            mixed = softmax_attention(q, k, v, k_start=layout.k_start, k_end=layout.k_end, scale=self.scale)
+            mixed = local.softmax_attention(q, k, v, layout.k_start, layout.k_end, scale=self.scale)
         else:
             order, exchange = layout.split.order, layout.split.exchange
             mixed = context.softmax_attention(

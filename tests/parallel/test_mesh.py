@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ModelConfig, hybrid_layers
 from mmx_jax.model import parameter_spec
+from parallel import local
 from parallel.mesh import AXES, MeshError, make_mesh, resolve_sizes
 from parallel.sharding import Rules, ShardingError, constrain
 
@@ -46,6 +47,23 @@ def test_rules_raise_with_names():
     mesh = make_mesh({"tensor": 8})
     with pytest.raises(ShardingError, match=r"qkv: dimension 1 \(heads\) has size 4, .* 8 shards"):
         rules.sharding(mesh, ("embed", "heads"), (64, 4), "qkv")
+
+
+def test_key_heads_that_are_fewer_than_their_shards_are_not_split():
+    """Every device holds all of them (INV-21 by `parallel.local`); more heads than shards must divide."""
+    rules, axes = Rules(), ("embed", "kv_heads", None)
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    assert rules.sharding(mesh, axes, (64, 2, 8), "key").spec == P(("fsdp", "expert"), None, None)
+    assert rules.sharding(mesh, axes, (64, 8, 8), "key").spec == P(("fsdp", "expert"), ("tensor",), None)
+    with pytest.raises(ShardingError, match=r"key: dimension 1 \(kv_heads\) has size 6, .* 4 shards"):
+        rules.sharding(mesh, axes, (64, 6, 8), "key")
+
+
+def test_key_heads_that_fit_no_way_are_named():
+    mesh = make_mesh({"tensor": 4}, jax.devices()[:4])
+    q, keys, ids = jnp.zeros((1, 8, 12, 8)), jnp.zeros((1, 8, 3, 8)), jnp.zeros((1, 8), jnp.int32)
+    with jax.set_mesh(mesh), pytest.raises(ShardingError, match=r"3 key/value heads and the 4 shards .*'tensor'"):
+        jax.eval_shape(lambda: local.softmax_attention(q, keys, keys, ids, ids, scale=1.0))
 
 
 def test_every_parameter_of_the_table_has_a_partition_on_every_kind_of_mesh():

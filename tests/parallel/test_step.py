@@ -10,6 +10,8 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax.config import ExpertTransport, ModelConfig
 from mmx_jax.data import Batch
@@ -17,7 +19,7 @@ from mmx_jax.model import TextModel, init_params, parameter_spec
 from mmx_jax.training.loss import next_token_loss
 from mmx_jax.training.state import param_sharding
 from parallel.mesh import make_mesh
-from parallel.sharding import DEFAULT_RULES
+from parallel.sharding import DEFAULT_RULES, constrain
 
 ROWS, LENGTH = 8, 32
 MODEL = ModelConfig(
@@ -35,9 +37,11 @@ Outcome = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 @pytest.fixture(scope="module", autouse=True)
 def _compile_anew() -> Iterator[None]:
     """What the partitioner says of a program is said when it is compiled, not when it is read from a cache."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()  # it looks at the setting once
+        if not enabled:
+            yield
 
 
 @cache
@@ -115,12 +119,13 @@ def _name(sizes: dict[str, int]) -> str:
 
 
 FAST = (
-    {"data": 2}, {"data": 8}, {"fsdp": 2}, {"fsdp": 8}, {"expert": 2}, {"expert": 8}, {"tensor": 2}, {"tensor": 8},
-    {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "expert": 4}, {"fsdp": 4, "tensor": 2},
+    {"data": 8}, {"fsdp": 8}, {"expert": 2}, {"expert": 8}, {"tensor": 2}, {"tensor": 8},
+    {"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2},
     {"expert": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "expert": 2},
 )  # fmt: skip
 FULL = (
-    {"data": 4}, {"fsdp": 4}, {"expert": 4}, {"tensor": 4}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2},
+    {"data": 2}, {"fsdp": 2}, {"data": 2, "expert": 4}, {"data": 4}, {"fsdp": 4}, {"expert": 4}, {"tensor": 4},
+    {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2},
     {"data": 2, "tensor": 4}, {"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 4}, {"fsdp": 4, "expert": 2},
     {"fsdp": 2, "tensor": 4}, {"expert": 4, "tensor": 2}, {"data": 4, "expert": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "expert": 2, "tensor": 2},
@@ -136,3 +141,36 @@ def test_a_mesh_computes_what_one_device_computes(sizes: dict[str, int], capfd: 
     capfd.readouterr()
     _check(_outcome(MODEL, sizes, block_factor=ONE_ROUND), expected)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "settings"),
+    [
+        (DROPLESS, {"data": 2, "expert": 2, "tensor": 2}, {"block_factor": ONE_ROUND}),
+        (MODEL, {"fsdp": 2, "expert": 4}, {"block_factor": 0.5, "token_groups": 2, "remat": "layer"}),
+    ],
+    ids=("dropless", "several rounds and groups, rematerialised"),
+)
+def test_the_way_rows_travel_changes_nothing(
+    model: ModelConfig, sizes: dict[str, int], settings: dict, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = _one_device(model)
+    capfd.readouterr()
+    found = _outcome(model, sizes, **settings)
+    _check(found, expected)
+    assert not found[0]["lost"].any()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+def test_the_check_for_rematerialisation_can_fail(capfd: pytest.CaptureFixture[str]) -> None:
+    """A look-up in a table whose width is split as the batch: the compiler says so, and this test sees it."""
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    table = jax.ShapeDtypeStruct((96, 64), np.float32, sharding=NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
+    tokens = jax.ShapeDtypeStruct((8, 32), np.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    def loss(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return (constrain(table[tokens], "batch", None, None) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(loss), out_shardings=table.sharding).lower(table, tokens).compile()
+    assert "Involuntary full rematerialization" in capfd.readouterr().err
