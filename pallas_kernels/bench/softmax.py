@@ -108,7 +108,8 @@ def key_ranges(case: Case) -> tuple[jax.Array, jax.Array]:
     end = np.arange(case.keys - case.queries, case.keys) + 1
     lengths = case.segments
     start = np.repeat(np.cumsum(lengths) - lengths, lengths) if lengths else np.zeros_like(end)
-    return tuple(jnp.asarray(np.broadcast_to(x, (case.batch, case.queries)), jnp.int32) for x in (start, end))
+    shape = (case.batch, case.queries)
+    return jnp.asarray(np.broadcast_to(start, shape), jnp.int32), jnp.asarray(np.broadcast_to(end, shape), jnp.int32)
 
 
 def _draw(case: Case) -> Inputs:

@@ -43,7 +43,7 @@ WEIGHTS = {90: Tiling(128, 256, 64, 8, 3, 8), 80: Tiling(128, 128, 32, 8, 3, 8)}
 FULL_PRECISION = Tiling(32, 32, 32, 4, 1, 8)
 
 
-def obstacle(x: jax.Array, w: jax.Array) -> str | None:
+def obstacle(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """Says why a call cannot run on the current device, or None when it can."""
     capability = dispatch.compute_capability()
     if capability is None or capability < 8:

@@ -210,8 +210,8 @@ def _splash(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Rang
     """Runs splash where the ranges turn out to be packed segments, and the chunked form where they do not."""
     return jax.lax.cond(
         splash.packed(ranges),
-        lambda *tokens: splash.attention(*tokens, ranges, scale),
-        lambda *tokens: _attention("chunked", False, scale, *tokens, ranges)[0],
+        lambda q, k, v: splash.attention(q, k, v, ranges, scale),
+        lambda q, k, v: _attention("chunked", False, scale, q, k, v, ranges)[0],
         q,
         k,
         v,

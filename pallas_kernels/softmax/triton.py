@@ -39,7 +39,7 @@ KEY_GRADIENTS = {90: Tiling(64, 128, 8, 3), 80: Tiling(32, 64, 4, 2)}
 FULL_PRECISION = Tiling(32, 32, 4, 1)
 
 
-def supports(q: jax.Array, k: jax.Array, scale: float) -> str | None:
+def supports(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, scale: float) -> str | None:
     """Says why a call cannot run on the current device, or None when it can."""
     capability = dispatch.compute_capability()
     if capability is None or capability < 8:

@@ -1,4 +1,15 @@
-"""The grouped matmul against a loop over experts in numpy fp64."""
+"""The grouped matmul against a loop over experts in numpy fp64.
+
+On a CPU the Triton kernels run in Triton's interpreter, in one process of its own, and are compiled to PTX; on a GPU
+the compiled kernels run.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,12 +19,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_matmul, implementations
-from tests.kernels import cases
+from pallas_kernels import dispatch
+from pallas_kernels.bench import grouped_matmul as bench
+from pallas_kernels.bench import timing
+from pallas_kernels.grouped_matmul import grouped_matmul, implementations, triton
+from tests.kernels import cases, test_triton
 
 # XLA's own ragged dot is TPU's default; it runs on a CPU too, and its shapes are tested there.
 NAMES = tuple(dict.fromkeys((*implementations(), *(("ragged_dot",) if jax.default_backend() == "cpu" else ()))))
 
+SHARED_MEMORY = {8.0: 99 * 1024, 9.0: 227 * 1024}  # sm_86 and sm_89 have the least of those that run sm_80's tiles
+compiled = test_triton.compiled
 FRONT, BACK = slice(0, 10), slice(10, 20)
 
 
@@ -49,7 +65,7 @@ def results(x, w, dy, sizes, name=None):
 def test_forward_and_gradients(name: str, rows: int, sizes: tuple[int, ...]) -> None:
     """INV-23: uneven and empty experts, one expert with everything, nothing at all, rows beyond the groups."""
     dtype, width, hidden, limit = (np.float32, 16, 24, 2e-6)
-    if name == "tokamax":
+    if name == "triton":
         dtype, width, hidden, limit = ml_dtypes.bfloat16, 128, 256, 5e-3
     x, w, dy = draw(rows, sizes, width, hidden, dtype)
     actual = results(x, w, dy, np.asarray(sizes, np.int32), name)
@@ -69,7 +85,7 @@ def test_bf16() -> None:
 @pytest.mark.parametrize("name", implementations())
 def test_rows_beyond_the_groups_are_not_read(name: str) -> None:
     """Rows of no expert give 0 and get gradient 0, and what they hold reaches nothing: not even NaN."""
-    dtype, width = (ml_dtypes.bfloat16, 128) if name == "tokamax" else (np.float32, 16)
+    dtype, width = (ml_dtypes.bfloat16, 128) if name == "triton" else (np.float32, 16)
     x, w, dy = draw(40, (10, 12), width, width, dtype)
     clean = results(x, w, dy, np.asarray((10, 12), np.int32), name)
     x[22:] = np.nan
@@ -124,3 +140,94 @@ def test_errors_name_what_is_wrong() -> None:
         grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match="no implementation named 'cutlass'"):
         grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(2, jnp.int32), implementation="cutlass")
+
+
+# Experts with whole tiles, part of one, and no rows; rows of none; nothing at all; several tiles across.
+INTERPRETED = [
+    (200, (80, 0, 50, 20), 64, 96, np.float32),
+    (37, (0, 5, 20, 0), 32, 32, np.float32),
+    (64, (0, 0), 32, 64, np.float32),
+    (70, (70,), 64, 32, np.float32),
+    (300, (130, 170), 128, 128, ml_dtypes.bfloat16),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[tuple[Any, ...]]:
+    """Expected and interpreted y, dx and dw of every case; rows of no expert hold NaN."""
+    jobs, expected = [], []
+    for rows, sizes, width, hidden, dtype in INTERPRETED:
+        x, w, dy = draw(rows, sizes, width, hidden, dtype)
+        expected.append(definition(x, w, dy, sizes))
+        x[sum(sizes) :], dy[sum(sizes) :] = np.nan, np.nan
+        groups = np.asarray(sizes, np.int32)
+        jobs += [
+            (triton.__name__, "matmul", (x, w, groups, False)),
+            (triton.__name__, "matmul", (dy, w, groups, True)),
+            (triton.__name__, "weight_gradient", (x, dy, groups)),
+        ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.softmax_interpreter"],
+        input=pickle.dumps(jobs),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    results = pickle.loads(done.stdout)
+    return [(e, results[3 * i : 3 * i + 3]) for i, e in enumerate(expected)]
+
+
+@pytest.mark.parametrize("index", range(len(INTERPRETED)))
+def test_triton_kernels_equal_the_definition(index: int, interpreted: list[tuple[Any, ...]]) -> None:
+    """INV-23: the three products, whatever the groups."""
+    # Where a GPU rounds bf16 to nearest the interpreter cuts off: twice the error.
+    limit = 2e-6 if INTERPRETED[index][-1] is np.float32 else 1e-2
+    for expected, actual in zip(*interpreted[index], strict=True):
+        assert cases.relative(actual, expected) <= limit
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any], tmp_path: Path) -> None:
+    """The public function and its gradient become three kernels in tensor-core dots, within the GPU's memories."""
+    shapes = ((4096, 2048), (8, 2048, 3072), (4096, 3072))
+    x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+
+    def gradients(x, w, dy, sizes):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        return y, *pullback(dy)
+
+    with dispatch.target("gpu", capability):
+        traced = jax.jit(gradients).trace(x, w, dy, jax.ShapeDtypeStruct((8,), jnp.int32))
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call") == 3
+    assert len(compiled) == 3
+    for kernel in compiled:
+        assert f".target sm_{round(10 * capability)}" in kernel.binary
+        assert kernel.shared_mem_bytes <= SHARED_MEMORY[capability]
+        assert ".local" not in kernel.binary, "an array went to local memory"
+        assert ("wgmma" if capability == 9.0 else "mma.sync") in kernel.binary
+        assert test_triton.spilled_bytes(kernel.binary, tmp_path) == 0
+
+
+def test_triton_refuses_what_it_cannot_run() -> None:
+    """Each refusal names what was found; dispatch then falls back."""
+    x, w = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64, 48), jnp.bfloat16)
+    assert "no NVIDIA GPU" in str(triton.obstacle(x, w))
+    with dispatch.target("gpu", 9.0):
+        assert "48" in str(triton.obstacle(x, w))
+        assert triton.obstacle(x, jax.ShapeDtypeStruct((2, 64, 96), jnp.bfloat16)) is None
+
+
+def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows carry times, operations and errors; a peer that fails or is missing leaves a row that says so."""
+    monkeypatch.setattr(bench, "CASES", (bench.Case("small", 64, 4, 32, 64),))
+    monkeypatch.setattr(bench, "CACHE_BYTES", 0)
+    monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
+    rows = bench.run(["einsum", "torch"], ["small"])
+    assert [(row.case, row.implementation) for row in rows] == [
+        (f"small {what}", name) for what in ("fwd", "dx", "dw", "fwd+bwd") for name in ("ours", "einsum", "torch")
+    ]
+    for row in rows:
+        assert (row.ms is not None) == (row.implementation != "torch" or row.note == "")
+        assert row.flops == 2 * 64 * 32 * 64 * (3 if row.case.endswith("bwd") else 1)
+    assert max(max(row.errors.values()) for row in rows if row.implementation == "ours") < 1e-2
+    assert bench.run([], ["no such case"]) == []

@@ -1,16 +1,36 @@
-"""Softmax attention over key ranges against its definition in numpy fp64, gradients from each row's full Jacobian."""
+"""Softmax attention over key ranges against its definition in numpy fp64, gradients from each row's full Jacobian.
+
+On a CPU the Triton kernels run in Triton's interpreter, in one process of its own, and are compiled to PTX, and the TPU
+kernels are interpreted and compiled; on a GPU the compiled kernels run.
+"""
+
+import functools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from pallas_kernels import softmax
-from pallas_kernels.softmax import chunked
-from tests.kernels import cases
+from pallas_kernels import dispatch, softmax
+from pallas_kernels.bench import softmax as bench
+from pallas_kernels.bench import timing
+from pallas_kernels.lightning import mosaic_tpu_bundles
+from pallas_kernels.softmax import chunked, splash, triton
+from pallas_kernels.softmax.chunked import Ranges
+from tests.kernels import cases, test_mosaic_tpu, test_triton
 
 RESULTS = ("o", "lse", "dq", "dk", "dv")
+SHARED_MEMORY = {8.0: 99 * 1024, 9.0: 227 * 1024}  # sm_86 and sm_89 have the least of those that run sm_80's tiles
+compiled = test_triton.compiled
+compiler = test_mosaic_tpu.compiler
 
 
 def draw(batch: int, queries: int, keys: int, heads: int, key_heads: int, dim: int, dtype=np.float32) -> dict:
@@ -212,7 +232,156 @@ def test_errors_name_what_is_wrong() -> None:
         ("3 query heads are no multiple of 2 key heads", q[:, :, :3], {"k_start": end, "k_end": end}),
         (r"k_end must be \[B, T\]", q, {"k_start": end, "k_end": end[:, :2]}),
         ("'cudnn' cannot run this call: key ranges", q, {"k_start": end, "k_end": end, "implementation": "cudnn"}),
+        ("'splash' cannot run this call", q, {"k_start": end, "k_end": end, "implementation": "splash"}),
     ]
     for message, query, arguments in wrong:
         with cases.annotations_unchecked(), pytest.raises(ValueError, match=message):
             softmax.softmax_attention(query, k, v, scale=0.3, **arguments)
+
+
+# What the Triton kernels must do: several tiles each way, segments within, across and at the edges of tiles, tiles that
+# are seen whole, rows that see nothing, lengths that no tile divides.
+INTERPRETED = [
+    ("packed", 100, 100, 4, 2, np.float32),
+    ("offset", 40, 130, 2, 1, np.float32),
+    ("windows", 65, 70, 2, 2, np.float32),
+    ("nothing", 9, 12, 2, 1, np.float32),
+    ("packed", 140, 140, 2, 1, ml_dtypes.bfloat16),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[tuple[dict, dict]]:
+    """Expected and interpreted results of every case; the backward starts from the definition's output."""
+    jobs, expected = [], []
+    for kind, queries, keys, heads, key_heads, dtype in INTERPRETED:
+        x = draw(2, queries, keys, heads, key_heads, 16, dtype)
+        x["dlse"] = x["dlse"].astype(np.float32)
+        seen = Ranges(*ranges(kind, 2, queries, keys))
+        expected.append(definition(x, *seen, 0.3))
+        o, lse = expected[-1]["o"].astype(dtype), expected[-1]["lse"].astype(np.float32)
+        tokens = (x["q"], x["k"], x["v"], seen, 0.3)
+        jobs.append((triton.__name__, "forward", tokens))
+        jobs.append((triton.__name__, "backward", (*tokens, o, lse, x["do"], x["dlse"])))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.softmax_interpreter"],
+        input=pickle.dumps(jobs),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    results = pickle.loads(done.stdout)
+    actual = [dict(zip(RESULTS, (*results[i], *results[i + 1]))) for i in range(0, len(results), 2)]
+    return list(zip(expected, actual, strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(INTERPRETED)))
+def test_triton_kernels_equal_the_definition(index: int, interpreted: list[tuple[dict, dict]]) -> None:
+    """INV-17, INV-21, INV-36, INV-39: output, log-sum-exp and gradients through both."""
+    expected, actual = interpreted[index]
+    # Where a GPU rounds bf16 to nearest the interpreter cuts off: twice the error.
+    compare(actual, expected, 2e-6 if INTERPRETED[index][-1] is np.float32 else 1e-2)
+
+
+def abstract(
+    queries: int, keys: int, dim: int, dtype: Any = jnp.bfloat16, sharding: Any = None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """q, k, v, k_start, k_end and do of eight heads that read two."""
+    shapes = ((1, queries, 8, dim), *[(1, keys, 2, dim)] * 2, *[(1, queries)] * 2, (1, queries, 8, dim))
+    dtypes = (dtype,) * 3 + (jnp.int32,) * 2 + (dtype,)
+    return tuple(jax.ShapeDtypeStruct(*x, sharding=sharding) for x in zip(shapes, dtypes))
+
+
+def gradients(q, k, v, start, end, do):
+    def attend(q, k, v):
+        return softmax.softmax_attention(q, k, v, scale=0.1, k_start=start, k_end=end)
+
+    o, pullback = jax.vjp(attend, q, k, v)
+    return o, *pullback(do)
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any], tmp_path: Path) -> None:
+    """The public function and its gradient become three kernels in tensor-core dots, within the GPU's memories."""
+    with dispatch.target("gpu", capability):
+        # A new function each time: a trace that jax remembers would still hold the kernel of another GPU.
+        lowered = (
+            jax.jit(lambda *x: gradients(*x)).trace(*abstract(1000, 1300, 128)).lower(lowering_platforms=("cuda",))
+        )
+    text = lowered.as_text()
+    assert text.count("triton_kernel_call") == 3
+    assert "stablehlo.while" not in text, "the chunked form was lowered"
+    assert len(compiled) == 3
+    for kernel in compiled:
+        assert f".target sm_{round(10 * capability)}" in kernel.binary
+        assert kernel.shared_mem_bytes <= SHARED_MEMORY[capability]
+        assert ".local" not in kernel.binary, "an array went to local memory"
+        assert ("wgmma" if capability == 9.0 else "mma.sync") in kernel.binary
+        assert test_triton.spilled_bytes(kernel.binary, tmp_path) <= 128
+
+
+def test_triton_refuses_what_it_cannot_run() -> None:
+    """Each refusal names what was found; dispatch then falls back."""
+    q, k, *_ = abstract(64, 64, 128)
+    assert "no NVIDIA GPU" in str(triton.supports(q, k, 0.1))
+    with dispatch.target("gpu", 7.5):
+        assert "sm_75" in str(triton.supports(q, k, 0.1))
+    with dispatch.target("gpu", 9.0):
+        assert triton.supports(q, k, 0.1) is None
+        assert "-1" in str(triton.supports(q, k, -1.0))
+        assert "96" in str(triton.supports(*abstract(64, 64, 96)[:2], 0.1))
+
+
+@pytest.mark.parametrize("kind", ["packed", "windows"])
+def test_splash_equals_the_definition(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-17, INV-36: packed segments run on the interpreted TPU kernels; other ranges are noticed, and right too."""
+    x = draw(2, 128, 128, 2, 1, 128)
+    x["dlse"] *= 0
+    start, end = map(jnp.asarray, ranges(kind, 2, 128, 128))
+    expected = definition(x, np.asarray(start), np.asarray(end), 0.1)
+    assert bool(splash.packed(Ranges(start, end))) == (kind == "packed")
+    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
+    with dispatch.target("tpu"):
+
+        @jax.jit
+        def results(q, k, v, do):
+            o, pullback = jax.vjp(
+                lambda *x: softmax.softmax_attention(*x, scale=0.1, k_start=start, k_end=end), q, k, v
+            )
+            return o, *pullback(do)
+
+        actual = results(*(jnp.asarray(x[name]) for name in ("q", "k", "v", "do")))
+    for name, a in zip(("o", "dq", "dk", "dv"), actual):
+        assert cases.relative(a, expected[name]) <= 1e-5, name
+
+
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.tpu_compiler
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_splash_compiles_for_tpu(chip: str) -> None:
+    """The public function and its gradient become splash's three kernels."""
+    mesh = mosaic_tpu_bundles.chip_mesh(chip)
+    with jax.set_mesh(mesh), dispatch.target("tpu"):
+        arguments = abstract(512, 512, 128, sharding=jax.NamedSharding(mesh, jax.P()))
+        text = jax.jit(lambda *x: gradients(*x)).trace(*arguments).lower().compile().as_text()
+    assert text.count("tpu_custom_call") == 3
+
+
+def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward rows carry times, operations and errors; a peer that fails leaves a row that says so."""
+    small = bench.Case("small", 1, 96, 96, 2, 1, segments=(32, 24, 40))
+    monkeypatch.setattr(bench, "CASES", (small, bench.Case("offset", 1, 8, 40, 2, 1, peers=False)))
+    monkeypatch.setattr(bench, "CACHE_BYTES", 0)
+    monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
+    rows = bench.run(["cudnn", "torch"], [])
+    assert [(row.case, row.implementation) for row in rows] == [
+        *[(f"small {what}", name) for name in ("ours", "cudnn", "torch") for what in ("fwd", "fwd+bwd")],
+        *[(f"offset {what}", "ours") for what in ("fwd", "fwd+bwd")],
+    ]
+    assert [row.ms is not None for row in rows] == [True, True, *[jax.default_backend() == "gpu"] * 4, True, True]
+    assert all(max(row.errors.values()) < 1e-2 for row in rows if row.implementation == "ours")
+    assert rows[0].flops == 4 * 128 * 2 * sum(n * (n + 1) / 2 for n in (32, 24, 40))
+    assert bench.run([], ["no such case"]) == []
+    assert sum(bench.mixed_lengths(16, 2048)) == 32768
