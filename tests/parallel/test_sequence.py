@@ -1,7 +1,9 @@
 """The sequence axis: LASP+ and context-parallel softmax attention give what one device gives, and gather no more."""
 
 import functools
+import importlib
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mmx_jax.config import IN_ORDER, ModelConfig, SequenceSplit
+from mmx_jax.config import IN_ORDER, ConfigError, MeshConfig, ModelConfig, SequenceSplit
 from mmx_jax.data import Batch
 from mmx_jax.model import TextModel, parameter_spec
 from mmx_jax.model.text import REMAT_POLICIES
@@ -102,7 +104,6 @@ def assert_equals_one_device(capfd, config, sizes, split, remat="none"):
 
 CASES = [
     ({"sequence": 2}, "zigzag", "ring", "none"),
-    ({"sequence": 4}, "contiguous", "ring", "attention"),
     ({"sequence": 4}, "zigzag", "gather", "dots"),
     ({"sequence": 8}, "contiguous", "gather", "layer"),
     ({"sequence": 8}, "zigzag", "ring", "layer"),
@@ -220,6 +221,21 @@ def test_rows_that_do_not_divide_are_named():
         ids = jnp.ones((1, 20), jnp.int32)
         with pytest.raises(ShardingError, match=r"rows of 20 tokens do not divide into 8 stripes"):
             model.backbone(jnp.zeros((1, 20, 64)), ids, ids)
+
+
+def test_configurations_that_cannot_be_split_are_refused():
+    """At the start, with the key and what would be right; one rank needs no stripes."""
+    with pytest.raises(ConfigError, match=r"order = 'striped': must be one of 'contiguous', 'zigzag'"):
+        SequenceSplit(order="striped")
+    with pytest.raises(ConfigError, match=r"exchange = 'none': must be one of 'gather', 'ring'"):
+        SequenceSplit(exchange="none")
+    run = importlib.import_module("configs.research_20m").get_config()
+    odd = replace(run.stages[0], sequence_length=8 * 5)
+    with pytest.raises(ConfigError, match=r"sequence_length = 40: must be a multiple of the 16 stripes"):
+        replace(run, stages=(odd,), mesh=MeshConfig(sequence=8))
+    contiguous = replace(odd, split=IN_ORDER)
+    assert replace(run, stages=(contiguous,), mesh=MeshConfig(sequence=8)).stages == (contiguous,)
+    assert replace(run, stages=(odd,), mesh=MeshConfig(sequence=1)).stages == (odd,)
 
 
 def walked_age(ids, end, start):
