@@ -13,6 +13,7 @@ from mmx_jax.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
+    OptimizerConfig,
     PrepareConfig,
     ReportConfig,
     RunConfig,
@@ -26,13 +27,13 @@ from mmx_jax.config import (
 )
 
 STORE = "runs/data/stdlib"
-TOKENS = 1_000_000
+TOKENS = 900_000
 
 
 def get_config() -> RunConfig:
     """The run."""
     model = ModelConfig(
-        vocab_size=4096,
+        vocab_size=8192,
         hidden_size=128,
         layers=hybrid_layers(8),
         num_heads=4,
@@ -47,7 +48,7 @@ def get_config() -> RunConfig:
     corpus = PrepareConfig(
         inputs=("python:stdlib",),
         output=STORE,
-        tokenizer=TokenizerConfig(vocab_size=4096),
+        tokenizer=TokenizerConfig(vocab_size=8192),
         license="PSF-2.0",
     )
     stage = StageConfig(
@@ -57,10 +58,11 @@ def get_config() -> RunConfig:
         schedule=ScheduleConfig(
             warmup_steps=50,
             phases=(
-                SchedulePhase(until_tokens=TOKENS * 6 // 10, learning_rate=4e-3),
-                SchedulePhase(until_tokens=TOKENS, learning_rate=8e-5, shape="linear"),
+                SchedulePhase(until_tokens=TOKENS * 4 // 10, learning_rate=3e-3),
+                SchedulePhase(until_tokens=TOKENS, learning_rate=6e-5, shape="linear"),
             ),
         ),
+        optimizer=OptimizerConfig(b2=0.99),
         trainable=(TrainableGroup(pattern="embedding", learning_rate_factor=4.0), TrainableGroup()),
         loss_chunk=4096,
     )
