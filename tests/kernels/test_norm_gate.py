@@ -233,8 +233,8 @@ def test_kernels_compile_for_cuda(capability: float, dtype: str, compiled: list[
     assert len(compiled) == 2
     for kernel in compiled:
         assert f".target sm_{round(10 * capability)}" in kernel.binary
-        assert kernel.shared_mem_bytes <= 1024 * triton.SHARED_KIB.get(capability, triton.LEAST_SHARED_KIB)
-        assert "cp.async" in kernel.binary
+        assert kernel.shared_mem_bytes <= test_triton.SHARED_MEMORY
+        assert "ld.global.v4" in kernel.binary
         assert "st.global.v4" in kernel.binary
         if dtype == "bfloat16":
             assert test_triton.spilled_bytes(kernel.binary, tmp_path) == 0
