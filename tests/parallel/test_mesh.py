@@ -1,8 +1,15 @@
 """Mesh axes and sharding rules: what fits is built, what does not is named."""
 
+import fcntl
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ModelConfig, hybrid_layers
@@ -84,3 +91,40 @@ def test_constrain_splits_on_the_mesh_in_use_and_is_nothing_without_one():
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: constrain(x * 2, "batch", "sequence", None))(x)
     assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, P("data", "sequence")), y.ndim)
+
+
+@pytest.fixture
+def topology(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[jax.Device]]]:
+    """Devices of TPU slices that are not there; libtpu describes them to one process at a time."""
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    with (Path(tempfile.gettempdir()) / "mmx-jax-libtpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lambda name, **options: list(topologies.get_topology_desc(name, "tpu", **options).devices)
+
+
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.tpu_compiler
+def test_only_data_and_fsdp_cross_slices(topology):
+    """Two slices of 16 chips: the outer halves of data, or of fsdp, are slices; what cannot be halved is named."""
+    devices = topology("v6e:4x4", num_slices=2)
+    for sizes in ({"data": 2, "fsdp": 8, "expert": 2}, {"fsdp": 8, "tensor": 4}, {"data": 4, "fsdp": 4, "expert": 2}):
+        mesh = make_mesh(sizes, devices)
+        assert {axis: size for axis, size in mesh.shape.items() if size > 1} == sizes
+        outer = mesh.devices.reshape(2, -1) if sizes.get("data") != 4 else mesh.devices.reshape(2, 2, -1)
+        for half in range(2):
+            assert {device.slice_index for device in outer[half].flat} == {half}
+    with pytest.raises(MeshError, match="on 2 slices: data times fsdp must be a multiple of 2"):
+        make_mesh({"expert": 8, "tensor": 4}, devices)
+
+
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.tpu_compiler
+def test_neighbours_on_an_axis_are_neighbours_in_the_slice(topology):
+    """Sizes that are products of the torus's own axes, and sizes that are not; every chip is used once."""
+    devices = topology("v5p:4x4x8")
+    for sizes in ({"fsdp": 16, "expert": 8}, {"fsdp": 16, "expert": 4, "tensor": 2}):
+        mesh = make_mesh(sizes, devices)
+        assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
+        ring = [np.array(device.coords) for device in mesh.devices[0, 0, :, 0, 0]]
+        steps = np.abs(np.diff(ring, axis=0))
+        assert np.minimum(steps, np.array([4, 4, 8]) - steps).sum(axis=1).max() == 1
