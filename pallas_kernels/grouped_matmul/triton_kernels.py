@@ -12,6 +12,36 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
+def _product(
+    x, w, out, first, end, owner, column,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes TILE_N columns of the rows from first up to end, at most TILE_M."""
+    row = first + tl.arange(0, TILE_M)
+    across = tl.arange(0, TILE_N)
+    along = tl.arange(0, TILE_K)
+    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+    if owner < EXPERTS:
+        # Rows beyond the end are another's; they are read, since the product keeps rows apart, and dropped.
+        x_tiles = x + tl.minimum(row, ROWS - 1).to(tl.int64)[:, None] * INNER + along[None, :]
+        w += owner.to(tl.int64) * (INNER * OUTER)
+        if TRANSPOSED:
+            w_tiles = w + ((column + across)[:, None] * INNER + along[None, :])
+        else:
+            w_tiles = w + (along[:, None] * OUTER + (column + across)[None, :])
+        for _ in range(INNER // TILE_K):
+            x_tile = tl.load(x_tiles)
+            w_tile = tl.load(w_tiles)
+            acc = tl.dot(x_tile, tl.trans(w_tile) if TRANSPOSED else w_tile, acc, input_precision=PRECISION)
+            x_tiles += TILE_K
+            w_tiles += TILE_K if TRANSPOSED else TILE_K * OUTER
+    place = row.to(tl.int64)[:, None] * OUTER + (column + across)[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < end)[:, None])
+
+
+@triton.jit
+@no_type_check
 def rows_kernel(
     x, w, owners, firsts, ends, out,
     ROWS: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
@@ -31,28 +61,18 @@ def rows_kernel(
     column = inside // height * TILE_N
 
     first, end, owner = tl.load(firsts + tile), tl.load(ends + tile), tl.load(owners + tile)
-    if first < end:
-        row = first + tl.arange(0, TILE_M)
-        real = row < end
-        across = tl.arange(0, TILE_N)
-        along = tl.arange(0, TILE_K)
-        acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-        if owner < EXPERTS:
-            # Rows beyond the tile's end are another's; they are read, since the product keeps rows apart, and dropped.
-            x_tiles = x + tl.minimum(row, ROWS - 1).to(tl.int64)[:, None] * INNER + along[None, :]
-            w += owner.to(tl.int64) * (INNER * OUTER)
-            if TRANSPOSED:
-                w_tiles = w + ((column + across)[:, None] * INNER + along[None, :])
-            else:
-                w_tiles = w + (along[:, None] * OUTER + (column + across)[None, :])
-            for _ in range(INNER // TILE_K):
-                x_tile = tl.load(x_tiles)
-                w_tile = tl.load(w_tiles)
-                acc = tl.dot(x_tile, tl.trans(w_tile) if TRANSPOSED else w_tile, acc, input_precision=PRECISION)
-                x_tiles += TILE_K
-                w_tiles += TILE_K if TRANSPOSED else TILE_K * OUTER
-        place = row.to(tl.int64)[:, None] * OUTER + (column + across)[None, :]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=real[:, None])
+    # An expert's last tile is half empty on average: half a tile's work is enough for half of them.
+    half: tl.constexpr = TILE_M // 2
+    if end - first > half:
+        _product(
+            x, w, out, first, end, owner, column,
+            ROWS, EXPERTS, INNER, OUTER, TILE_M, TILE_N, TILE_K, TRANSPOSED, PRECISION,
+        )  # fmt: skip
+    elif end > first:
+        _product(
+            x, w, out, first, end, owner, column,
+            ROWS, EXPERTS, INNER, OUTER, half, TILE_N, TILE_K, TRANSPOSED, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-FORWARD = {90: Tiling(128, 128, 8, 2), 80: Tiling(64, 32, 4, 2)}
+FORWARD = {90: Tiling(128, 64, 8, 3), 80: Tiling(64, 32, 4, 2)}
 QUERY_GRADIENT = {90: Tiling(128, 64, 8, 3), 80: Tiling(64, 32, 4, 2)}
 KEY_GRADIENTS = {90: Tiling(64, 128, 8, 3), 80: Tiling(32, 64, 4, 2)}
 """By the oldest GPU that each is for."""
