@@ -17,7 +17,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
 from pallas_kernels.grouped_matmul import blocked, triton
 
-NAMES = ("blocked", "dense", "ragged_dot", "tokamax", "triton")
+NAMES = ("blocked", "dense", "ragged_dot", "triton")
 """Every name that `implementation=` accepts."""
 
 
@@ -68,10 +68,7 @@ def grouped_matmul(
         )
 
     def obstacle(name: str) -> str | None:
-        try:
-            return _implementation(name).obstacle(x, w)
-        except ImportError as error:
-            return f"it cannot be imported: {error}"
+        return _implementation(name).obstacle(x, w)
 
     title = f"grouped_matmul of {x.dtype.name}{list(x.shape)} by {list(w.shape)}"
     name = dispatch.choose(title, _candidates(), obstacle, fallback="blocked", forced=implementation, known=NAMES)
@@ -112,34 +109,26 @@ def _implementation(name: str) -> Implementation:
         return Implementation(_dense_matmul, _dense_weight_gradient)
     if name == "triton":
         return Implementation(triton.matmul, triton.weight_gradient, triton.obstacle)
-    if name == "ragged_dot":
-        return _ragged(lax.ragged_dot_general, _ragged_dot_obstacle)
-    import tokamax._src.ops.ragged_dot.api as tokamax_api
-
-    mosaic = functools.partial(tokamax_api.ragged_dot_general, implementation="mosaic_gpu")
-    return _ragged(mosaic, _tokamax_obstacle)
+    return Implementation(_ragged_matmul, _ragged_weight_gradient, _ragged_dot_obstacle)
 
 
-def _ragged(
-    general: Callable[..., jax.Array], obstacle: Callable[[jax.Array, jax.Array], str | None]
-) -> Implementation:
-    """Builds an implementation from a function with the interface of `jax.lax.ragged_dot_general`."""
+def _ragged_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:
+    y = _ragged_dot(x, w, group_sizes, 1, 2 if transposed else 1, (0,))
+    belongs = jnp.arange(y.shape[0]) < jnp.sum(group_sizes)
+    return jnp.where(belongs[:, None], y, 0)
 
-    def numbers(left: int, right: int, group: tuple[int, ...]) -> lax.RaggedDotDimensionNumbers:
-        return lax.RaggedDotDimensionNumbers((((left,), (right,)), ((), ())), (0,), group)
 
-    def call(a: jax.Array, b: jax.Array, sizes: jax.Array, dimensions: lax.RaggedDotDimensionNumbers) -> jax.Array:
-        return general(a, b, sizes, dimensions, precision=_precision(a), preferred_element_type=accumulator(a))
+def _ragged_weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return _ragged_dot(x, dy, group_sizes, 0, 0, ())
 
-    def matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
-        y = call(x, w, sizes, numbers(1, 2 if transposed else 1, (0,)))
-        belongs = jnp.arange(y.shape[0]) < jnp.sum(sizes)
-        return jnp.where(belongs[:, None], y, 0)
 
-    return Implementation(
-        matmul,
-        lambda x, dy, sizes: call(x, dy, sizes, numbers(0, 0, ())),
-        obstacle,
+def _ragged_dot(
+    a: jax.Array, b: jax.Array, group_sizes: jax.Array, left: int, right: int, group: tuple[int, ...]
+) -> jax.Array:
+    """XLA's own, summing over a's axis `left` and b's axis `right`; a's rows are grouped, and of b the axes `group`."""
+    numbers = lax.RaggedDotDimensionNumbers((((left,), (right,)), ((), ())), (0,), group)
+    return lax.ragged_dot_general(
+        a, b, group_sizes, numbers, precision=_precision(a), preferred_element_type=accumulator(a)
     )
 
 
@@ -149,14 +138,6 @@ def _precision(x: jax.Array) -> lax.Precision | None:
 
 def _ragged_dot_obstacle(x: jax.Array, w: jax.Array) -> str | None:
     return "XLA runs it densely on a GPU" if dispatch.platform() == "gpu" else None
-
-
-def _tokamax_obstacle(x: jax.Array, w: jax.Array) -> str | None:
-    if x.dtype != jnp.bfloat16:
-        return f"dtype is {x.dtype.name}, not bfloat16"
-    if x.shape[1] % 128 or w.shape[2] % 128:
-        return f"widths {x.shape[1]} and {w.shape[2]} are no multiples of 128"
-    return None
 
 
 def _owners(rows: int, group_sizes: jax.Array) -> jax.Array:
