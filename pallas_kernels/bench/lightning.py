@@ -18,7 +18,7 @@ CACHE_BYTES = 200e6
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape to time, with the number of equal-sized or mixed segments in each row when it is packed."""
+    """A shape to time, with the number of segments of random lengths in each row when it is packed."""
 
     name: str
     batch: int
@@ -37,11 +37,12 @@ CASES = (
     Case("B1 T8192 N16", 1, 8192, 16),
     Case("B1 T32768 N16", 1, 32768, 16),
     Case("B1 T131072 N16", 1, 131072, 16),
-    Case("B1 T1048576 N16", 1, 1048576, 16),
-    Case("B1 T1048576 N64", 1, 1048576, 64, backward=False),
     Case("B1 T8192 N8", 1, 8192, 8),
     Case("B1 T32768 N8", 1, 32768, 8),
     Case("B1 T131072 N8", 1, 131072, 8),
+    Case("B1 T1048576 N16", 1, 1048576, 16),
+    Case("B1 T524288 N64", 1, 524288, 64),
+    Case("B1 T1048576 N64", 1, 1048576, 64, backward=False),
 )
 
 
@@ -67,15 +68,15 @@ def run(peer_names: list[str], only: list[str]) -> list[Row]:
 
 
 def _draw(case: Case) -> tuple[list[list[jax.Array]], jax.Array, jax.Array | None]:
-    """Random inputs as the model has them: q, k, v past SiLU, the slopes of the first layer."""
+    """Random inputs as the model has them: q, k, v past SiLU (and do), the slopes of the first layer."""
     shape = (case.batch, case.length, case.heads, DIM)
     tensor_bytes = 2 * case.batch * case.length * case.heads * DIM
     sets = max(1, min(8, round(CACHE_BYTES / (4 * tensor_bytes)) + 1))
 
     @jax.jit
     def draw(key: jax.Array) -> list[jax.Array]:
-        arrays = [jax.random.normal(k, shape, jnp.bfloat16) for k in jax.random.split(key, 4)]
-        return [*map(jax.nn.silu, arrays[:3]), arrays[3]]
+        arrays = [jax.random.normal(k, shape, jnp.bfloat16) for k in jax.random.split(key, 3 + case.backward)]
+        return [*map(jax.nn.silu, arrays[:3]), *arrays[3:]]
 
     slopes = 2.0 ** (-8.0 * jnp.arange(1, case.heads + 1, dtype=jnp.float32) / case.heads)
     ids = None
@@ -87,7 +88,7 @@ def _draw(case: Case) -> tuple[list[list[jax.Array]], jax.Array, jax.Array | Non
 
 
 def _ours(case: Case, inputs: list[list[jax.Array]], slopes: jax.Array, ids: jax.Array | None) -> list[Row]:
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> jax.Array:
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, *do: jax.Array) -> jax.Array:
         return lightning_attention(q, k, v, slopes, segment_ids=ids)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -96,13 +97,33 @@ def _ours(case: Case, inputs: list[list[jax.Array]], slopes: jax.Array, ids: jax
 
     tokens = case.batch * case.length * case.heads
     nominal = float(2 * CHUNK * DIM + 4 * DIM**2)
-    time = milliseconds(jax.jit(forward), inputs)
-    errors = _errors(inputs[0], slopes, ids)
-    rows = [Row(f"{case.name} fwd", "ours", time, 4 * 2 * DIM * tokens, nominal * tokens, {"o": errors["o"]})]
-    if case.backward:
-        time = milliseconds(jax.jit(both), inputs)
-        rows.append(Row(f"{case.name} fwd+bwd", "ours", time, 11 * 2 * DIM * tokens, 3.5 * nominal * tokens, errors))
+    errors = _errors(inputs[0], slopes, ids) if case.backward else {}
+    rows = []
+    for suffix, function, tensors, factor in (("fwd", forward, 4, 1.0), ("fwd+bwd", both, 11, 3.5))[
+        : 1 + case.backward
+    ]:
+        compiled = jax.jit(function).lower(*inputs[0]).compile()
+        rows.append(
+            Row(
+                f"{case.name} {suffix}",
+                "ours",
+                milliseconds(compiled, inputs),
+                tensors * 2 * DIM * tokens,
+                factor * nominal * tokens,
+                {"o": errors["o"]} if errors and tensors == 4 else errors,
+                _memory(compiled),
+            )
+        )
     return rows
+
+
+def _memory(compiled: jax.stages.Compiled) -> str:
+    """What a call holds beside its arguments and results, as a share of these."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return ""
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return f"work space {100 * analysis.temp_size_in_bytes / held:.1f}%"
 
 
 def _errors(inputs: list[jax.Array], slopes: jax.Array, ids: jax.Array | None, tokens: int = 8192) -> dict[str, float]:

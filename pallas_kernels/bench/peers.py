@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.bench.timing import milliseconds
 
 Inputs = Sequence[Sequence[jax.Array]]
-"""Sets of q, k, v, do [B, T, N, H]."""
+"""Sets of q, k, v and, for gradients, do [B, T, N, H]."""
 
 LIGHTNING = ("jla", "fla")
 _MODULES = {"jla": "jla", "fla": "fla"}
@@ -54,7 +54,7 @@ def _jla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backw
         return o, pull(do)
 
     # The gate is an argument: the compiler would spend minutes on folding it as a constant.
-    function = jax.jit(both if backward else lambda q, k, v, do, gate: forward(q, k, v, gate))
+    function = jax.jit(both if backward else lambda q, k, v, *rest: forward(q, k, v, rest[-1]))
     return milliseconds(function, [(*arguments, gate) for arguments in inputs])
 
 
@@ -75,10 +75,10 @@ def _fla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backw
         boundaries = torch.tensor([*starts, len(ids)], dtype=torch.int32, device="cuda")
     sets = [[tensor(x).clone().requires_grad_(i < 3 and backward) for i, x in enumerate(s)] for s in inputs]
 
-    def call(q: Any, k: Any, v: Any, do: Any) -> None:
+    def call(q: Any, k: Any, v: Any, *do: Any) -> None:
         o, _ = chunk_simple_gla(q, k, v, g_gamma=gamma, scale=1.0, cu_seqlens=boundaries)
         if backward:
-            torch.autograd.grad(o, (q, k, v), do)
+            torch.autograd.grad(o, (q, k, v), *do)
 
     return _torch_milliseconds(call, sets)
 
