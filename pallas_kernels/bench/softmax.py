@@ -93,8 +93,6 @@ def run(peer_names: list[str], only: list[str]) -> list[Row]:
             row.errors = _errors(inputs[0], start, end, backward=row.case.endswith("bwd"))
         if plain and jax.default_backend() == "gpu":
             found += _ours(case, "triton", inputs, start, end)
-        for row in found:
-            _say(row)
         for name in peer_names if case.peers else ():
             found += _peer(case, name, inputs)
         rows += found
@@ -153,6 +151,7 @@ def _ours(case: Case, name: str, inputs: Inputs, start: jax.Array | None, end: j
         row = _row(case, what, name, pairs=case.pairs)
         function = _both(attend) if what == "fwd+bwd" else lambda q, k, v, do: attend(q, k, v)
         row.ms = milliseconds(jax.jit(function), inputs)
+        _say(row)
         rows.append(row)
     return rows
 
