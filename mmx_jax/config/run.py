@@ -235,6 +235,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompilerConfig:
+    """Options of XLA for the training step, by platform; they change no result beyond rounding."""
+
+    tpu: tuple[tuple[str, str], ...] = (("xla_tpu_enable_async_all_to_all", "true"),)
+    """(name, value) pairs on TPU. The default lets tokens travel to their experts while others are multiplied."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.tpu]
+        if wrong := [name for name in names if not name.startswith("xla_")]:
+            fail(self, "tpu", f"options of XLA begin with 'xla_', got {wrong}")
+        if len(names) != len(set(names)):
+            fail(self, "tpu", "names an option twice")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Held-out evaluation during and after training."""
 
@@ -286,6 +301,7 @@ class RunConfig:
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     mesh: MeshConfig = MeshConfig()
+    compiler: CompilerConfig = CompilerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -127,7 +127,9 @@ def open_session(config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, star
         state=start.state,
         progress=start.progress,
         feed=BatchFeed(rows, batch, start.progress.row),
-        train_step=make_train_step(config.model, stage, setup.optimizer, setup.factors, setup.abstract),
+        train_step=make_train_step(
+            config.model, stage, setup.optimizer, setup.factors, setup.abstract, config.compiler
+        ),
         data_fingerprint=rows.fingerprint,
     )
 

@@ -26,7 +26,7 @@ from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, i
 
 log = logging.getLogger(__name__)
 
-FREE_OF_RUN = ("name", "mesh", "checkpoint", "evaluation", "logging", "report", "workdir")
+FREE_OF_RUN = ("name", "mesh", "compiler", "checkpoint", "evaluation", "logging", "report", "workdir")
 FREE_OF_STAGE = ("remat", "split", "transport", "loss_chunk", "init_from", "keep")
 """Settings that may change when a run goes on: they do not decide what is learned from which rows."""
 

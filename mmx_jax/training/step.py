@@ -10,12 +10,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mmx_jax.config import ModelConfig, StageConfig
+from mmx_jax.config import CompilerConfig, ModelConfig, StageConfig
 from mmx_jax.data import Batch
 from mmx_jax.model import TextModel
 from mmx_jax.training.loss import Metrics, loss_function
 from mmx_jax.training.state import TrainState, shardings_of, trainable_part
 
+USUAL_OPTIONS = CompilerConfig()
 TrainStep = Callable[[TrainState, Batch, Int[Array, ""], Float[Array, ""]], tuple[TrainState, Metrics]]
 
 
@@ -30,6 +31,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     factors: Mapping[str, float],
     abstract: TrainState,
+    compiler: CompilerConfig = USUAL_OPTIONS,
 ) -> Any:
     """Compiles (when first called, under `jax.set_mesh`) the update of a stage; the state is donated.
 
@@ -69,8 +71,10 @@ def make_train_step(
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return new, _summary(metrics) | {"grad_norm": norm, "finite": finite}
 
-    replicated = NamedSharding(jax.tree.leaves(abstract)[0].sharding.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), replicated))
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    shardings = (shardings_of(abstract), NamedSharding(mesh, PartitionSpec()))
+    options = dict(compiler.tpu) if mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def _averaged(
