@@ -10,6 +10,7 @@ Typed again with the same workdir, it resumes. Exit codes:
     70  loss or gradients were not finite for too many steps in a row
     74  the workdir or a checkpoint could not be written: disk full, read-only folder, dead writer
     75  stopped by SIGTERM or Ctrl-C after saving; type the same command to go on
+    76  several processes: another one was lost or failed; start all again to go on
 """
 
 import sys
@@ -19,9 +20,11 @@ from absl import flags
 
 from mmx_jax.config import ConfigError, RunConfig
 from mmx_jax.config.overrides import EXIT_CONFIG, fail_with, run_with_config
+from parallel import distributed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and plots; default runs/<name>.")
 EXIT_WRITE = 74
+distributed.define_flags()
 
 
 def main(config: RunConfig) -> int:
@@ -31,14 +34,14 @@ def main(config: RunConfig) -> int:
     from mmx_jax.data import DataError
     from mmx_jax.inference.load import LoadError
     from mmx_jax.training.errors import Interrupted, TrainingError
-    from mmx_jax.training.run import run
+    from mmx_jax.training.run import run as train
     from parallel.mesh import MeshError
     from parallel.sharding import ShardingError
 
     if _WORKDIR.value is not None:
         config = replace(config, workdir=_WORKDIR.value)
     try:
-        run(config)
+        train(config)
     except Interrupted as end:
         print(end, file=sys.stderr)
         return end.exit_code
@@ -51,5 +54,13 @@ def main(config: RunConfig) -> int:
     return 0
 
 
+def run(config: RunConfig) -> int:
+    """Runs the configuration as one of the processes that were launched, or alone."""
+    try:
+        return distributed.run(lambda: main(config))
+    except distributed.LaunchError as error:
+        return fail_with(error)
+
+
 if __name__ == "__main__":
-    run_with_config(main)
+    run_with_config(run)

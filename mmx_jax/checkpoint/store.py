@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class CheckpointStore:
       keep_last: newest good steps that are kept, at least 1.
       keep_every_steps: steps divisible by this are kept for ever; None keeps no such steps.
       asynchronous: write in the background; False makes `save` wait for the disk.
+      on_saved: called with the number of each step that is complete on the disk, from another thread.
+      alone: this process reads for itself alone, whatever the others of its run do.
     """
 
     def __init__(
@@ -86,12 +89,16 @@ class CheckpointStore:
         keep_last: int = 3,
         keep_every_steps: int | None = None,
         asynchronous: bool = True,
+        on_saved: Callable[[int], None] | None = None,
+        alone: bool = False,
     ):
         if re.match(r"\w+://", os.fspath(folder)):
             reason = "object stores are not supported; mount the bucket and name the mounted folder"
             raise CheckpointError(Path(folder), reason)
         self.folder = Path(folder).absolute()
         self._asynchronous = asynchronous
+        self._on_saved = on_saved
+        self._alone = alone or jax.process_count() == 1
         self._primary = jax.process_index() == 0
         self._retention = Retention(self.folder, keep_last, keep_every_steps)
         self._lock: int | None = None
@@ -180,6 +187,8 @@ class CheckpointStore:
                     raise RuntimeError("the writer thread ended without finishing the step")
                 _sync_folder(self.folder)
             self._retention.saved(step)
+            if self._on_saved is not None:
+                self._on_saved(step)
         except BaseException as error:
             failure = self._write_error(step, error)
             logging.error("%s", failure)
@@ -281,7 +290,7 @@ class CheckpointStore:
                 result = Restored(reader.read_tree(manifest, abstract_tree, cast=cast), manifest.metadata, number)
             except CheckpointDamagedError as error:
                 damage = error
-            if not _anywhere(damage is not None):
+            if not self._anywhere(damage is not None):
                 assert result is not None
                 return result
             self._retention.found_damaged(number)
@@ -295,11 +304,15 @@ class CheckpointStore:
     def _candidates(self) -> list[int]:
         """All step folders, newest first, as process 0 sees them."""
         steps = np.array(steps_on_disk(self.folder)[::-1], np.int64)
-        if jax.process_count() > 1:
+        if not self._alone:
             count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
             if count:
                 steps = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(steps, count).astype(np.int32)))
         return [int(step) for step in steps]
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether `flag` holds on any process that reads."""
+        return flag if self._alone else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
     def _manifest(self, step: int) -> reader.Manifest:
         folder = self.folder / step_folder_name(step)
@@ -341,13 +354,6 @@ class CheckpointStore:
             shutil.rmtree(doomed)
         except OSError as error:
             logging.warning("checkpoint %s could not be removed: %s", target, error)
-
-
-def _anywhere(flag: bool) -> bool:
-    """Whether `flag` holds on any process."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ threads, or on the rows read before; the position in the stream is the integer r
 import hashlib
 import json
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
@@ -174,23 +175,25 @@ class TrainingRows:
         )
 
 
-class _ProcessRows(grain.sources.RandomAccessDataSource):
-    """The rows of one process when every step takes `per_step` global rows, in contiguous slices by process."""
+Places = Callable[[int], Sequence[int]]
+"""From the number of global rows of a step to those that this process reads, counted from the step's first."""
 
-    def __init__(
-        self, rows: TrainingRows, start_row: int, per_step: int, process_index: int, process_count: int
-    ) -> None:
+
+class _ProcessRows(grain.sources.RandomAccessDataSource):
+    """The rows of one process when every step takes `per_step` global rows, of which it reads those at `places`."""
+
+    def __init__(self, rows: TrainingRows, start_row: int, per_step: int, places: Sequence[int]) -> None:
         self._rows = rows
-        self._mine = per_step // process_count
-        self._first = start_row + process_index * self._mine
+        self._places = places
+        self._start_row = start_row
         self._per_step = per_step
 
     def __len__(self) -> int:
         return 1 << 48
 
     def __getitem__(self, index: Any) -> Row:
-        step, place = divmod(int(index), self._mine)
-        return self._rows.row(self._first + step * self._per_step + place)
+        step, number = divmod(int(index), len(self._places))
+        return self._rows.row(self._start_row + step * self._per_step + self._places[number])
 
 
 class RowLoader:
@@ -199,11 +202,10 @@ class RowLoader:
     `row` is the next global row: together with the stream's fingerprint it is all the state there is.
     """
 
-    def __init__(self, rows: TrainingRows, start_row: int, process_index: int, process_count: int) -> None:
+    def __init__(self, rows: TrainingRows, start_row: int, places: Places) -> None:
         self.rows = rows
         self.row = start_row
-        self._process_index = process_index
-        self._process_count = process_count
+        self._places = places
         self._per_step = 0
         self._iterator: grain.DatasetIterator | None = None
 
@@ -213,28 +215,27 @@ class RowLoader:
         Read-ahead supposes that the next steps take as many; when `count` changes it starts anew at the same row.
 
         Args:
-          count: global rows of the step, a multiple of the number of processes.
+          count: global rows of the step.
 
         Returns:
-          Batch of numpy arrays [count / process_count, T].
+          Batch of numpy arrays [rows of this process, T].
 
         Raises:
-          ValueError: `count` is no such multiple.
+          ValueError: so many rows cannot be divided among the processes.
         """
-        if count <= 0 or count % self._process_count:
-            raise ValueError(f"{count} rows cannot be divided among {self._process_count} processes")
+        places = self._places(count)
         if count != self._per_step or self._iterator is None:
             self.close()
             self._per_step = count
-            self._iterator = self._open(count)
-        batch = Batch.stack([next(self._iterator) for _ in range(count // self._process_count)])
+            self._iterator = self._open(count, places)
+        batch = Batch.stack([next(self._iterator) for _ in places])
         self.row += count
         return batch
 
-    def _open(self, per_step: int) -> grain.DatasetIterator:
-        source = _ProcessRows(self.rows, self.row, per_step, self._process_index, self._process_count)
+    def _open(self, per_step: int, places: Sequence[int]) -> grain.DatasetIterator:
+        source = _ProcessRows(self.rows, self.row, per_step, places)
         row_bytes = 6 * 4 * self.rows.sequence_length
-        ahead = max(1, min(2 * per_step // self._process_count, READ_AHEAD_BYTES // row_bytes))
+        ahead = max(1, min(2 * len(places), READ_AHEAD_BYTES // row_bytes))
         dataset = grain.MapDataset.source(source).to_iter_dataset(
             grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead)
         )
@@ -259,7 +260,14 @@ class RowLoader:
         self.close()
 
 
-def loader(rows: TrainingRows, *, start_row: int = 0, process_index: int = 0, process_count: int = 1) -> RowLoader:
+def loader(
+    rows: TrainingRows,
+    *,
+    start_row: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    places: Sequence[int] | None = None,
+) -> RowLoader:
     """Loads the stream from `start_row` on.
 
     Args:
@@ -267,10 +275,24 @@ def loader(rows: TrainingRows, *, start_row: int = 0, process_index: int = 0, pr
       start_row: next global row: 0, or the number that a checkpoint holds.
       process_index: which slice of every step is read.
       process_count: into how many slices a step is divided.
+      places: instead of a slice, which rows of each step are read, counted from the step's first; ascending.
 
     Raises:
       ValueError: the numbers make no sense.
     """
     if start_row < 0 or not 0 <= process_index < process_count:
         raise ValueError(f"start_row {start_row}, process {process_index} of {process_count}: out of range")
-    return RowLoader(rows, start_row, process_index, process_count)
+
+    def of_slice(count: int) -> Sequence[int]:
+        if count <= 0 or count % process_count:
+            raise ValueError(f"{count} rows cannot be divided among {process_count} processes")
+        mine = count // process_count
+        return range(process_index * mine, (process_index + 1) * mine)
+
+    def given(count: int) -> Sequence[int]:
+        assert places is not None
+        if not places or places[-1] >= count:
+            raise ValueError(f"rows {list(places)} are not all among the {count} of a step")
+        return places
+
+    return RowLoader(rows, start_row, of_slice if places is None else given)

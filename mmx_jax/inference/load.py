@@ -72,7 +72,7 @@ def find_checkpoints(folder: str | Path) -> tuple[Path, int | None]:
 
 
 def load_for_inference(folder: str | Path, step: int | None = None) -> Loaded:
-    """Reads the configuration and the weights of a checkpoint, verified.
+    """Reads the configuration and the weights of a checkpoint, verified, for this process alone.
 
     Args:
       folder: a run's workdir, its folder of checkpoints, or a single step's folder.
@@ -85,7 +85,7 @@ def load_for_inference(folder: str | Path, step: int | None = None) -> Loaded:
     """
     found, only = find_checkpoints(folder)
     step = only if step is None else step
-    store = CheckpointStore(found)
+    store = CheckpointStore(found, alone=True)
     metadata = _metadata(store, step)
     described: RunConfig = from_dict(metadata["config"])
     dtypes = inference_dtypes(described.model)

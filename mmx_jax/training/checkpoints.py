@@ -23,7 +23,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 class StopSignal:
     """Notices SIGTERM and Ctrl-C, to stop at the next step boundary; a second Ctrl-C stops at once.
 
-    In a multi-process run JAX's own preemption notice counts, on which all processes agree.
+    In a multi-process run JAX's own preemption notice counts, on which all processes agree; it comes from SIGTERM to
+    any of them (`parallel.guard` makes Ctrl-C one).
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from mmx_jax.checkpoint import CheckpointStore
@@ -40,6 +39,7 @@ from mmx_jax.training.session import Hook, Session
 from mmx_jax.training.stages import StageSetup, Start, first_start, next_start, resume
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step
+from parallel import distributed
 from parallel.mesh import make_mesh
 
 CONFIG_FILE = "config.json"
@@ -152,24 +152,29 @@ def make_hooks(
         every = config.logging.every_steps
         writing = [MetricsFile(workdir), ConsoleLog(console, every), TensorBoard(workdir, every)]
     hooks = [*writing, NonFinite()]
-    if config.logging.profile_steps is not None:
+    if writing and config.logging.profile_steps is not None:
         hooks.append(Profile(workdir, config.logging.profile_steps))
     hooks += [Checkpoints(store, config.checkpoint.every_steps, stop), Evaluation(config.evaluation.every_steps)]
     return [*hooks, LossCurve(workdir)] if writing else hooks
 
 
 def _start(config: RunConfig, mesh: jax.sharding.Mesh, store: CheckpointStore, workdir: Path) -> Start | None:
-    steps = steps_on_disk(store.folder)
+    steps = distributed.agree(lambda: steps_on_disk(store.folder))
     if not steps:
         return first_start(config, mesh)
-    reported = any(line["update"] == steps[-1] for line in read_lines(workdir / EVALUATIONS_FILE, steps[-1]))
-    return resume(config, mesh, store, reported=reported)
+    distributed.saved(steps[-1])
+    newest = steps[-1]
+    lines = (line["update"] for line in read_lines(workdir / EVALUATIONS_FILE, newest))
+    return resume(config, mesh, store, reported=distributed.agree(lambda: newest in lines))
 
 
 def _open_store(workdir: Path, config: RunConfig) -> CheckpointStore:
     keep = config.checkpoint
     store = CheckpointStore(
-        workdir / CHECKPOINTS_FOLDER, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps
+        workdir / CHECKPOINTS_FOLDER,
+        keep_last=keep.keep_last,
+        keep_every_steps=keep.keep_every_steps,
+        on_saved=distributed.saved,
     )
     store.open_for_writing()
     return store
@@ -183,8 +188,8 @@ def prepare_data(config: RunConfig, console: Console) -> None:
             manifest = prepare(request, progress=console.is_terminal)
             tokens = manifest.splits["train"]["tokens"]
             console.print(f"{request.output}: {tokens:,} training tokens", highlight=False)
-    if wanted and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data prepared")
+    if wanted:
+        distributed.barrier("data prepared")
 
 
 def create_workdir(workdir: Path) -> None:
@@ -195,7 +200,7 @@ def create_workdir(workdir: Path) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
+        probe = workdir / f".probe-{jax.process_index()}-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:

@@ -23,6 +23,7 @@ from mmx_jax.training.errors import CheckpointRefusedError
 from mmx_jax.training.optimizer import learning_rate_factors, make_optimizer
 from mmx_jax.training.progress import Progress
 from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, init_state, shardings_of
+from parallel import distributed
 
 log = logging.getLogger(__name__)
 
@@ -177,10 +178,16 @@ def _from_safetensors(setup: StageSetup) -> TrainState:
 
 def saved_steps(store: CheckpointStore) -> list[SavedStep]:
     """Checkpoints of this run that can be looked at, newest first; the others are named in the log."""
+    return [SavedStep(number, store.metadata(number)) for number in distributed.agree(lambda: _readable(store))]
+
+
+def _readable(store: CheckpointStore) -> list[int]:
+    """Numbers of the steps whose metadata can be read, newest first."""
     found = []
     for number in reversed(steps_on_disk(store.folder)):
         try:
-            found.append(SavedStep(number, store.metadata(number)))
+            store.metadata(number)
+            found.append(number)
         except CheckpointDamagedError as error:
             log.error("%s; looking at the step before it", error)
     return found

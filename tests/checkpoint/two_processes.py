@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+if __name__ == "__main__":
+    os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
 
 import jax
 import jax.numpy as jnp
