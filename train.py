@@ -3,7 +3,10 @@
     python train.py --config configs/quickstart.py
     python train.py --config configs/research_60m.py --workdir runs/a --config.stages.0.optimizer.clip_norm=None
 
-Typed again with the same workdir, it resumes. Exit codes:
+    python train.py --config configs/minimax_text_01.py --compile_only --topology v5p:16x16x16
+
+Typed again with the same workdir, it resumes. The third line trains nothing and needs no accelerator: it compiles the
+step for one and prints a JSON line (docs/scaling.md). Exit codes:
 
     0   done
     2   the command line, the configuration or the input cannot work; one line says why, naming the key or the file
@@ -13,6 +16,8 @@ Typed again with the same workdir, it resumes. Exit codes:
     76  several processes: another one was lost or failed; start all again to go on
 """
 
+import json
+import os
 import sys
 from dataclasses import replace
 
@@ -23,7 +28,15 @@ from mmx_jax.config.overrides import EXIT_CONFIG, fail_with, run_with_config
 from parallel import distributed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and plots; default runs/<name>.")
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step for --topology and print a JSON line.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for, as in v5p:16x16x16 or v6e:16x16*2 (two).")
+_SEARCH = flags.DEFINE_bool("search", False, "With --compile_only: also try other meshes and remat policies.")
 EXIT_WRITE = 74
+WITHOUT_HARDWARE = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+"""Environment with which the TPU compiler loads where there is no TPU."""
 distributed.define_flags()
 
 
@@ -56,10 +69,37 @@ def main(config: RunConfig) -> int:
 
 def run(config: RunConfig) -> int:
     """Runs the configuration as one of the processes that were launched, or alone."""
+    if _COMPILE_ONLY.value or _SEARCH.value:
+        return compile_only(config)
     try:
         return distributed.run(lambda: main(config))
     except distributed.LaunchError as error:
         return fail_with(error)
+
+
+def compile_only(config: RunConfig) -> int:
+    """Compiles the first stage's step for the topology; the last line printed is the report (best one of a search)."""
+    import jax
+
+    os.environ.update(WITHOUT_HARDWARE)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for absent chips cannot be read back
+    from mmx_jax.training.ahead import Target, compile_ahead
+    from mmx_jax.training.search import search
+    from parallel.mesh import MeshError
+    from parallel.sharding import ShardingError
+    from parallel.topology import TopologyError, parse_topology
+
+    try:
+        if _TOPOLOGY.value is None:
+            raise ConfigError("--compile_only needs --topology, as in --topology=v5p:16x16x16")
+        target = Target(config, parse_topology(_TOPOLOGY.value))
+        reports = search(target) if _SEARCH.value else [compile_ahead(target)]
+    except (ConfigError, MeshError, ShardingError, TopologyError) as error:
+        fail_with(error, EXIT_CONFIG)
+    for report in reversed(reports):
+        print(json.dumps(report), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

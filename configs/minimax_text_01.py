@@ -1,11 +1,13 @@
 """MiniMax-Text-01, 456B parameters (45.9B active): the released shape, trained as the report says.
 
     python -m mmx_jax.describe --config configs/minimax_text_01.py
+    python train.py --config configs/minimax_text_01.py --compile_only --topology v5p:16x16x16
+    python train.py --config configs/minimax_text_01.py:v5p_2048 --compile_only --topology v5p:8x16x16
     python train.py --config configs/minimax_text_01.py --config.stages.0.data.sources.0.store=/path/to/store
 
-Hardware: a TPU v5p slice of 4,096 chips (mesh fsdp 64 x expert 32 x tensor 2) or as many H100-class GPUs; the report
+Hardware: a TPU v5p slice of 4,096 chips (mesh fsdp 64 x expert 32 x sequence 2) or of 2,048 ("v5p_2048"); the report
 used 1,500 to 2,500 H800. 11.4T tokens in about 140,000 steps. Nobody expects this to be typed lightly: it is here so
-that the same code is described, compiled ahead of time and checked at its full size.
+that the same code is described, compiled ahead of time and checked at its full size (docs/scaling.md has estimates).
 
 From the report: shape, Xavier with the DeepNorm gain, AdamW (0.9, 0.95), weight decay 0.1, rows of 8,192, the batch of
 16M / 32M / 64M / 128M tokens, 500 steps of warm-up, the learning rate 2e-4 / 1.3e-4 / exponentially to 3e-5, the
@@ -15,10 +17,14 @@ The RoPE base is 10,000, as in pre-training; context extension raises it to 5e6 
 1e7 (`--config.model.rope_base=1e7`).
 """
 
+from dataclasses import replace
+
 from mmx_jax.config import (
     BatchConfig,
     CheckpointConfig,
+    ConfigError,
     DataConfig,
+    ExpertTransport,
     MeshConfig,
     ModelConfig,
     RunConfig,
@@ -31,10 +37,26 @@ from mmx_jax.config import (
 
 BILLION = 10**9
 TRILLION = 10**12
+KINDS = ("v5p_4096", "v5p_2048")
 
 
-def get_config() -> RunConfig:
-    """The run of the report's pre-training stage."""
+def get_config(kind: str = "v5p_4096") -> RunConfig:
+    """The run of the report's pre-training stage on 4,096 or 2,048 chips.
+
+    Raises:
+      ConfigError: for another kind.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"no kind {kind!r}: give one of {', '.join(KINDS)}")
+    run = pretraining()
+    stage = run.stages[0]
+    if kind == "v5p_2048":
+        return replace(run, stages=(replace(stage, remat="layer"),), mesh=MeshConfig(fsdp=-1, expert=32))
+    return run
+
+
+def pretraining() -> RunConfig:
+    """The run on 4,096 chips."""
     model = ModelConfig(
         vocab_size=200_064,
         hidden_size=6144,
@@ -68,12 +90,13 @@ def get_config() -> RunConfig:
                 SchedulePhase(until_tokens=114 * TRILLION // 10, learning_rate=3e-5, shape="exponential"),
             ),
         ),
-        remat="layer",
+        remat="dots",
+        transport=ExpertTransport(block_factor=1.25, max_rounds=2, token_groups=2),
     )
     return RunConfig(
         name="minimax_text_01",
         model=model,
         stages=(stage,),
-        mesh=MeshConfig(fsdp=-1, expert=32, tensor=2),
+        mesh=MeshConfig(fsdp=-1, expert=32, sequence=2),
         checkpoint=CheckpointConfig(every_steps=500, keep_last=3, keep_every_steps=10_000),
     )

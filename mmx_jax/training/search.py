@@ -1,0 +1,149 @@
+"""Which mesh and which rematerialisation: all that are possible are weighed on paper, the best few are compiled."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mmx_jax.config import ConfigError, RunConfig
+from mmx_jax.training.ahead import Target, compile_ahead, mesh_sizes, shard_bytes, with_mesh
+from mmx_jax.training.stages import StageSetup
+from mmx_jax.training.state import abstract_batch
+from parallel.mesh import AXES
+from parallel.roofline import MATMUL_EFFICIENCY
+from parallel.sharding import ShardingError
+
+COMPILED = 3
+"""Candidates that are compiled."""
+FILLED = 0.9
+"""Share of a chip's memory that a candidate may need on paper."""
+WORK = {"none": 1.0, "dots": 1.2, "attention": 1.3, "layer": 4 / 3}
+"""Arithmetic of a step over that without recomputation."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mesh and a policy, weighed on paper."""
+
+    config: RunConfig
+    memory: float
+    """Bytes on each chip."""
+    seconds: float
+    """Of a step."""
+
+
+def search(target: Target, compiled: int = COMPILED) -> list[dict[str, Any]]:
+    """Reports (`compile_ahead`) of the best candidates: those that fit first, the fastest of them first.
+
+    Raises:
+      ConfigError: nothing fits even on paper.
+    """
+    found = sorted(candidates(target), key=lambda candidate: candidate.seconds)
+    fitting = [candidate for candidate in found if candidate.memory <= FILLED * target.topology.chip.hbm_bytes]
+    if not fitting:
+        least = min((candidate.memory for candidate in found), default=math.inf)
+        raise ConfigError(
+            f"{target.config.name} does not fit on {target.topology}: of {len(found)} meshes the smallest needs about "
+            f"{least / 2**30:.0f} GiB a chip, {target.topology.chip.hbm_bytes / 2**30:.0f} GiB are there"
+        )
+    log.warning("%d of %d candidates fit on paper; compiling %d", len(fitting), len(found), min(compiled, len(fitting)))
+    reports = []
+    for candidate in fitting[:compiled]:
+        report = compile_ahead(Target(candidate.config, target.topology, target.stage_index))
+        reports.append(report | {"on_paper": {"memory": candidate.memory, "seconds": round(candidate.seconds, 3)}})
+    return sorted(reports, key=lambda report: (not report["fits"], _seconds(report)))
+
+
+def _seconds(report: dict[str, Any]) -> float:
+    return report["estimate"]["step_seconds"] if report["fits"] else math.inf
+
+
+def candidates(target: Target) -> Iterator[Candidate]:
+    """All meshes whose sizes divide what they split, with each policy."""
+    model, chips = target.config.model, target.topology.chips
+    devices = target.topology.devices()
+    experts = [n for n in _divisors(chips) if model.num_experts % n == 0] if model.num_experts else [1]
+    tensors = [n for n in _divisors(chips) if n <= 8 and model.num_heads % n == 0]
+    sequences = [n for n in _divisors(chips) if n <= 64]
+    for expert, tensor, sequence in itertools.product(experts, tensors, sequences):
+        if chips % (expert * tensor * sequence) or (target.topology.slices > 1 and chips == expert * tensor * sequence):
+            continue
+        sizes = {
+            "data": 1, "fsdp": chips // (expert * tensor * sequence), "expert": expert, "sequence": sequence,
+            "tensor": tensor,
+        }  # fmt: skip
+        for remat in WORK:
+            try:
+                config = with_mesh(target.config, sizes, remat, target.stage_index)
+                yield weigh(Target(config, target.topology, target.stage_index), devices)
+            except (ShardingError, ConfigError):
+                break
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def weigh(target: Target, devices: Sequence[jax.Device]) -> Candidate:
+    """Memory and time of a step on paper; which device stands where does not matter.
+
+    Raises:
+      ShardingError: a size does not divide.
+    """
+    stage = target.stage
+    sizes = tuple(mesh_sizes(target.config.mesh)[axis] for axis in AXES)
+    mesh = Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    abstract_batch(1, stage.batch.micro_batch, stage.sequence_length, mesh)
+    state = StageSetup(target.config, stage, mesh).abstract
+    kept = shard_bytes(state.params) * 2 + shard_bytes(state.optimizer)
+    return Candidate(target.config, kept + _activations(target), _step_seconds(target))
+
+
+def _rows(target: Target) -> float:
+    """Tokens of a micro-batch that a group of `tensor` chips works on."""
+    stage, mesh = target.stage, target.config.mesh
+    return stage.batch.micro_batch * stage.sequence_length * mesh.tensor / target.topology.chips
+
+
+def _activations(target: Target) -> float:
+    """bf16 activations that are kept, the working set of one layer, and one chunk of logits."""
+    model, stage, mesh = target.config.model, target.stage, target.config.mesh
+    heads = model.num_heads * model.head_dim / mesh.tensor
+    dots = 2 * (4 * heads + 2 * model.hidden_size)
+    slots = (model.experts_per_token if model.num_experts else 1) * stage.transport.block_factor
+    expert = 2 * slots * (2 * model.hidden_size + 3 * model.ffn_hidden_size / mesh.tensor)
+    layer = 2 * model.hidden_size
+    kept = {"layer": layer, "attention": 2 * layer, "dots": layer + dots, "none": layer + 2 * (dots + expert)}
+    working = 3 * (dots + expert) + 8 * stage.loss_chunk / mesh.tensor
+    return _rows(target) * (model.num_layers * kept[stage.remat] + working) + 2 * _gathered(target)
+
+
+def _gathered(target: Target) -> float:
+    """bf16 bytes of one layer's weights as a chip needs them."""
+    model, mesh = target.config.model, target.config.mesh
+    own = max(model.num_experts, 1) / mesh.expert
+    experts = 3 * model.hidden_size * model.ffn_hidden_size * own
+    return 2 * (experts + 5 * model.hidden_size * model.num_heads * model.head_dim) / mesh.tensor
+
+
+def _step_seconds(target: Target) -> float:
+    model, stage, mesh, chip = target.config.model, target.stage, target.config.mesh, target.topology.chip
+    micro_batches = target.sequences / stage.batch.micro_batch
+    computing = target.model_flops * WORK[stage.remat] / target.topology.chips / (MATMUL_EFFICIENCY * chip.peak_flops)
+    passes = 2 if stage.remat == "none" else 3
+    links = chip.ici_bandwidth
+    weights = (passes + 1) * _gathered(target) / links if target.topology.chips > mesh.tensor * mesh.sequence else 0.0
+    row = 2 * model.hidden_size * _rows(target) / mesh.tensor
+    travel = 0.0
+    if mesh.expert > 1:
+        slots = model.experts_per_token * stage.transport.block_factor
+        travel = 2 * passes * slots * row * min(mesh.expert, max(target.topology.shape)) / 8 / (links / 6)
+    sums = 4 * passes * row * (mesh.tensor - 1) / (links / 3)
+    return computing + micro_batches * model.num_layers * (weights + travel + sums)
