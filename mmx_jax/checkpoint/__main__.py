@@ -48,7 +48,8 @@ def list_steps(folder: Path, console: Console) -> bool:
         state = (
             f"damaged: {escape(str(problems[0]))}" if problems else "permanent" if manifest.permanent else "complete"
         )
-        table.add_row(str(step), _size(manifest.nbytes), saved, str(manifest.metadata.get("tokens", "")), state)
+        tokens = manifest.metadata.get("progress", {}).get("tokens", "")
+        table.add_row(str(step), _size(manifest.nbytes), saved, str(tokens), state)
         complete = complete and not problems
     console.print(table)
     return complete

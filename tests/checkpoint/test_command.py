@@ -19,8 +19,8 @@ def run(*arguments: object) -> tuple[int, str]:
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
     with CheckpointStore(tmp_path / "checkpoints") as store:
-        store.save(7, {"w": jnp.zeros((1024, 256))}, {"tokens": 4096})
-        store.save(8, {"w": jnp.zeros((1024, 256))}, {"tokens": 8192}, permanent=True)
+        store.save(7, {"w": jnp.zeros((1024, 256))}, {"progress": {"tokens": 4096}})
+        store.save(8, {"w": jnp.zeros((1024, 256))}, {"progress": {"tokens": 8192}}, permanent=True)
     return tmp_path
 
 
