@@ -11,6 +11,9 @@ from mmx_jax.config import ModelConfig
 from mmx_jax.config.checks import at_least, fail
 from mmx_jax.model.dot import Weight
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
+SEEDS = 1 << 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -33,6 +36,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         at_least(self, 0, "temperature", "seed")
         at_least(self, 1, "top_k")
+        # Beyond these bounds fp32 makes 0 / 0 or inf / inf of a logit, and a barred id could be drawn (INV-41).
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            fail(self, "temperature", f"must be 0, or from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}")
+        if self.seed >= SEEDS:
+            fail(self, "seed", f"must be below 2^32 = {SEEDS}")
         if not 0 < self.top_p <= 1:
             fail(self, "top_p", "must be in (0, 1]")
         if not 0 <= self.min_p <= 1:

@@ -46,7 +46,15 @@ def test_drawn_as_often_as_the_filters_say(settings, expected):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.01}]
+    "settings",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.01},
+        {"temperature": 1e30},
+        {"temperature": 1e-30, "min_p": 0.1},
+        {"temperature": 1e-30, "top_p": 0.9},
+    ],
 )
 def test_ids_without_a_trained_row_are_never_sampled(settings):
     """INV-41: an untrained id's logit is exactly 0, which wins when every real logit is negative."""
@@ -88,6 +96,10 @@ def test_weights_that_are_all_zero_are_named():
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-50}, "temperature"),
+        ({"seed": 1 << 32}, "seed"),
     ],
 )
 def test_impossible_settings_are_refused(settings, named):
