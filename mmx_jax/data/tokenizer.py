@@ -137,17 +137,17 @@ class Tokenizer:
     def _run(self, text: str) -> tuple[UInt32[np.ndarray, "n"], int]:
         return np.array(self._encode(text, False), np.uint32), len(text.encode())
 
-    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """Bytes of the pieces, one after the other."""
+    def decode_bytes(self, ids: Iterable[SupportsIndex], *, continuation: bool = False) -> bytes:
+        """Bytes of the pieces, one after the other; `continuation` as in `stream_decoder`."""
         indices = [token.__index__() for token in ids]
         for extreme in (min(indices), max(indices)) if indices else ():
             self.bytes_of(extreme)  # raises if it is outside the vocabulary
         data = b"".join([self._pieces[index] for index in indices])
-        return data.removeprefix(b" ") if self.prefix_space else data
+        return data.removeprefix(b" ") if self.prefix_space and not continuation else data
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[SupportsIndex], *, continuation: bool = False) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD; `continuation` as in `stream_decoder`."""
+        return self.decode_bytes(ids, continuation=continuation).decode("utf-8", "replace")
 
     def stream_decoder(self, *, continuation: bool = False) -> StreamDecoder:
         """A fresh incremental decoder.

@@ -10,6 +10,7 @@ ends in .jsonl; its prompts run together, and --output collects {"prompt", "cont
 
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -69,17 +70,20 @@ class Screen(Protocol):
 def read_prompts(path: str) -> list[str]:
     """Prompts of a file: its lines that are not empty, or the field "prompt" of each line of a .jsonl file.
 
+    Lines end in newlines and nothing else: U+2028, which JSON strings may hold, ends none.
+
     Raises:
       PromptError: no such file, no UTF-8, no prompt in it, or a line that is no such object; names file and line.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")
     except OSError as error:
         raise PromptError(f"--prompts_file: {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"--prompts_file: {path}: byte {error.start} is not UTF-8") from error
     prompts = []
     for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         if path.endswith(".jsonl"):
@@ -122,7 +126,7 @@ def stream_to(
     """Writes a prompt and its continuation as it comes; returns a line on speed."""
     ids = encode(tokenizer, prompt)
     clean = printable if output.isatty() else str
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(continuation=True)
     output.write(clean(prompt))
     output.flush()
     times = [time.monotonic()]
@@ -158,7 +162,22 @@ def continue_all(
     count = sum(map(len, outputs))
     work = f"{count} tokens for {len(prompts)} prompts in {seconds:.1f} s"
     speed = f"{work}: {count / seconds:,.1f} tokens/s, compiling included"
-    return [tokenizer.decode(output) for output in outputs], speed
+    return [tokenizer.decode(output, continuation=True) for output in outputs], speed
+
+
+def check_output(path: str) -> None:
+    """Checks that a file can be written, before the work whose result goes into it.
+
+    Raises:
+      PromptError: it is a folder, its folder is missing, or it may not be written.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise PromptError(f"--output: {path}: is a folder; name a file in it")
+    if not place.parent.is_dir():
+        raise PromptError(f"--output: {path}: there is no folder {place.parent}; make it, or name another")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise PromptError(f"--output: {path}: may not be written")
 
 
 def write_continuations(path: str, prompts: Sequence[str], continuations: Sequence[str]) -> None:
@@ -197,6 +216,8 @@ def _continue(options: flags.FlagValues) -> str:
         raise PromptError("give either --prompt or --prompts_file")
     if options.output is not None and options.prompts_file is None:
         raise PromptError("--output goes with --prompts_file")
+    if options.output is not None:
+        check_output(options.output)
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                               min_p=options.min_p, seed=options.seed)  # fmt: skip
     prompts = None if options.prompts_file is None else read_prompts(options.prompts_file)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,6 +13,7 @@ from mmx_jax.config import TokenizerConfig
 from mmx_jax.data import Tokenizer, TokenizerError, check_vocabulary, load_tokenizer, train_tokenizer
 from mmx_jax.data import tokenizer as tokenizer_module
 from mmx_jax.data.tokenizer import CHUNK_CHARACTERS
+from tests.data.tokenizers import sentencepiece_with_prefix
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 CODE = st.text(" \t\n\r\x00_\u2581<0xE>aeé中🙂", max_size=60)
@@ -103,21 +103,6 @@ def _byte_level(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def _sentencepiece_with_prefix(folder: Path) -> Path:
-    """A model as Llama and Mistral use: a space before every text, NFKC off, byte fallback, </s>."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat then the hat sat"] * 50),
-        model_prefix=str(folder / "prefix"),
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return folder / "prefix.model"
-
-
 def test_reads_byte_level_json(tmp_path: Path) -> None:
     """INV-43: a byte-level tokenizer.json round-trips any text, agrees with its library, and data cannot forge ids."""
     path = _byte_level(tmp_path)
@@ -136,7 +121,7 @@ def test_reads_byte_level_json(tmp_path: Path) -> None:
 
 def test_reads_models_with_a_prefix_space(tmp_path: Path) -> None:
     """The space that such models put before every text comes off at the start of a text, and only there."""
-    tokenizer = load_tokenizer(_sentencepiece_with_prefix(tmp_path))
+    tokenizer = load_tokenizer(sentencepiece_with_prefix(tmp_path))
     assert tokenizer.end_of_text == "</s>"
     for text in ("the cat", " the cat", "中 the"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -144,6 +129,7 @@ def test_reads_models_with_a_prefix_space(tmp_path: Path) -> None:
         assert "".join(map(decoder.push, tokenizer.encode(text))) + decoder.finish() == text
     decoder = tokenizer.stream_decoder(continuation=True)
     assert "".join(map(decoder.push, tokenizer.encode("the"))) == " the"
+    assert tokenizer.decode(tokenizer.encode("the"), continuation=True) == " the"
 
 
 def test_end_of_text_is_found_or_named(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 from absl import flags
 
 from mmx_jax.checkpoint import CheckpointNotFoundError
-from mmx_jax.data import TokenizerError
+from mmx_jax.data import TokenizerError, load_tokenizer
 from mmx_jax.inference import GREEDY, Generator, generate
 from mmx_jax.inference.load import LoadError, find_checkpoints, load_for_inference, with_tokenizer
+from tests.data.tokenizers import sentencepiece_with_prefix
 from tests.inference.trained import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -157,8 +158,11 @@ def test_a_file_of_prompts(trained, ready, tmp_path, capsys):
         ("--checkpoint=WORK --prompt=", "prompt '' is empty"),
         (
             "--checkpoint=WORK --prompts_file=HERE/good --output=/nowhere/x --max_new_tokens=1",
-            "/nowhere/x: No such file",
+            "there is no folder /nowhere",
         ),
+        ("--checkpoint=/nowhere --prompts_file=HERE/good --output=HERE", "is a folder; name a file in it"),
+        ("--checkpoint=x --prompt=a --seed=99999999999999999999", "seed"),
+        ("--checkpoint=x --prompt=a --temperature=inf", "temperature"),
     ],
 )
 def test_the_command_says_what_is_wrong(trained, tmp_path, capsys, arguments, message):
@@ -170,6 +174,39 @@ def test_the_command_says_what_is_wrong(trained, tmp_path, capsys, arguments, me
         command(*arguments.replace("HERE", str(tmp_path)).replace("WORK", str(trained[0])).split())
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_only_newlines_end_the_lines_of_a_prompt_file(tmp_path):
+    """JSON strings may hold U+2028 as it is; a byte order mark and carriage returns at line ends are no text."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\n{"prompt": "c"}'.encode())
+    assert generate.read_prompts(str(path)) == ["a\u2028b", "c"]
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffa\u2028b\r\nc \n".encode())
+    assert generate.read_prompts(str(path)) == ["a\u2028b", "c "]
+
+
+class SaysCat(Generator):
+    """Stands for a generator that continues every prompt with given ids."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def stream(self, prompt, sampling, limit):
+        return iter(self.ids)
+
+    def generate(self, prompts, sampling, limit):
+        return [self.ids for _ in prompts]
+
+
+def test_a_continuation_keeps_its_first_space(tmp_path):
+    """With a tokenizer that puts a space before every text, the space between prompt and continuation is real."""
+    tokenizer = load_tokenizer(sentencepiece_with_prefix(tmp_path))
+    generator = SaysCat(tokenizer.encode("cat"))
+    output = io.StringIO()
+    generate.stream_to(output, generator, tokenizer, "the", GREEDY, 8)
+    assert output.getvalue() == "the cat\n"
+    assert generate.continue_all(generator, tokenizer, ["the"], GREEDY, 8)[0] == [" cat"]
 
 
 def test_the_program_on_a_terminal_without_utf8(trained):
