@@ -53,4 +53,6 @@ def continuations(config: RunConfig, workdir: str) -> list[tuple[str, str]]:
     generator = Generator(loaded.model, loaded.params)
     prompts = [tokenizer.encode(prompt) for prompt in config.report.prompts]
     outputs = generator.generate(prompts, SAMPLING, config.report.max_new_tokens)
-    return [(prompt, tokenizer.decode(output)) for prompt, output in zip(config.report.prompts, outputs)]
+    return [
+        (prompt, tokenizer.decode(output, continuation=True)) for prompt, output in zip(config.report.prompts, outputs)
+    ]
