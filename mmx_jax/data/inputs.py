@@ -141,7 +141,12 @@ def _describe(path: Path, name: str) -> InputFile:
     inner = suffixes[:-1] if compression else suffixes
     kind = KINDS.get(inner[-1], "text") if inner else "text"
     status = path.stat()
-    return InputFile(str(path), name, kind, compression, status.st_size, status.st_mtime_ns)
+    return InputFile(str(path), readable(name), kind, compression, status.st_size, status.st_mtime_ns)
+
+
+def readable(name: str) -> str:
+    """A file name as text; bytes that are no UTF-8 become \\x escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _is_binary(path: Path) -> bool:

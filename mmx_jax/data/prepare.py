@@ -32,15 +32,18 @@ from mmx_jax.data.work import ShardJob, plan_shards, sample_text, tokenize_shard
 from mmx_jax.data.workers import available_cores, run_jobs
 
 PROGRESS = "unfinished.json"
+INPUTS = "inputs.json"
+"""Name, bytes and time of the last change of every file that a store was prepared from."""
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PrepareConfig, progress: bool = True) -> Manifest:
+def prepare(config: PrepareConfig, progress: bool = True, refuse_changes: bool = False) -> Manifest:
     """Prepares a token store, or goes on with an unfinished one, or returns the finished one.
 
     Args:
       config: what from, where to, how.
       progress: shows a progress bar on the standard error.
+      refuse_changes: a finished store whose inputs have changed since is an error, not a warning.
 
     Returns:
       The manifest of the store in `config.output`.
@@ -55,7 +58,9 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Manifest:
     request = _request(config)
     with _exclusive(folder):
         if (folder / MANIFEST).exists():
-            return _finished(folder, request)
+            manifest = _finished(folder, request)
+            _compare_inputs(folder, config, refuse_changes)
+            return manifest
         inputs = find_inputs(config.inputs, config.include, config.exclude)
         _begin(folder, request, inputs)
         jobs = plan_shards(inputs, config)
@@ -103,20 +108,62 @@ def _finished(folder: Path, request: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def _compare_inputs(folder: Path, config: PrepareConfig, refuse: bool) -> None:
+    """Says how the inputs differ from those of the finished store; inputs that are gone altogether are no change.
+
+    Raises:
+      DataError: names or sizes of the files differ, and that is to be refused.
+    """
+    try:
+        before = json.loads((folder / INPUTS).read_bytes())
+        now = _listing(find_inputs(config.inputs, config.include, config.exclude))
+    except (OSError, ValueError, DataError):  # a store outlives its corpus, and may come without its listing
+        return
+    old, new = ({name: size for name, size, _ in files} for files in (before, now))
+    changes = [("added", [name for name in new if name not in old]),
+               ("gone", [name for name in old if name not in new]),
+               ("of another size", [name for name in new if old.get(name, new[name]) != new[name]])]  # fmt: skip
+    said = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in changes if names)
+    if said:
+        message = (
+            f"{folder}: holds a store of the inputs as they were; since then files are {said}. "
+            "Delete the folder to prepare it anew, or choose another output"
+        )
+        if refuse:
+            raise DataError(message)
+        log.warning("%s", message)
+    elif touched := [name for (name, _, then), (_, _, modified) in zip(before, now) if then != modified]:
+        log.warning("%s: not prepared anew; %d inputs of the same size were written since (%s): delete the folder if "
+                    "their text changed", folder, len(touched), ", ".join(touched[:3]))  # fmt: skip
+
+
+def _listing(inputs: Inputs) -> list[list[Any]]:
+    return [[file.name, file.size, file.modified] for file in inputs.files]
+
+
 def _begin(folder: Path, request: dict[str, Any], inputs: Inputs) -> None:
     """Keeps what an interrupted run of the same work left, and removes everything else."""
     listing = hashlib.sha256(json.dumps([asdict(file) for file in inputs.files]).encode()).hexdigest()
     work = {"format": FORMAT, "request": request, "inputs": listing}
     path = folder / PROGRESS
     with storage_errors(folder):
-        if not path.exists() or json.loads(path.read_text()) != work:
+        if _interrupted(path) != work:
             if path.exists():
-                log.warning("%s: inputs or settings changed since the interrupted run; starting anew", folder)
+                log.warning("%s: not the interrupted run of these inputs and settings; starting anew", folder)
             shutil.rmtree(folder / "shards")
             (folder / "shards").mkdir()
             for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", REPORT):
                 (folder / name).unlink(missing_ok=True)
             write_json(path, work)
+        write_json(folder / INPUTS, _listing(inputs))
+
+
+def _interrupted(path: Path) -> Any:
+    """The work that an interrupted run noted; None if there is none, or the note is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _provide_tokenizer(folder: Path, config: PrepareConfig, jobs: list[ShardJob], bar: rich.progress.Progress) -> None:
@@ -231,7 +278,7 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code: 1 for a store that `--verify` finds damaged, 2 for what cannot work."""
     values = flags.FLAGS
     if argv[1:]:
         print(f"unexpected arguments: {' '.join(argv[1:])}", file=sys.stderr)
@@ -260,10 +307,10 @@ def main(argv: Sequence[str]) -> int:
             license=values.license,
             processes=values.processes,
         )
-        manifest = prepare(config)
+        manifest = prepare(config, refuse_changes=True)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     for split in SPLITS:
         summary = manifest.splits[split]
         print(f"{split}: {summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmx_jax.data.errors import DataError
-from mmx_jax.data.inputs import InputFile
+from mmx_jax.data.inputs import InputFile, readable
 
 BLOCK_BYTES = 1 << 20
 
@@ -77,7 +77,7 @@ class _Utf8:
 
     def __init__(self, file: InputFile, report: ReadReport) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("mmx_jax.replace")
-        self._path = file.path
+        self._path = readable(file.path)
         self._report = report
 
     def decode(self, data: bytes, final: bool = True) -> str:
@@ -88,7 +88,7 @@ class _Utf8:
         return text
 
 
-def open_bytes(file: InputFile) -> io.BufferedIOBase:
+def _open_bytes(file: InputFile) -> io.BufferedIOBase:
     """Opens a file for reading, decompressed. dictd's .dz is gzip with an index that gzip readers pass over."""
     if file.compression == "gzip":
         return gzip.open(file.path, "rb")
@@ -129,9 +129,14 @@ def read_documents(piece: Piece, text_field: str, document_bytes: int | None, re
 
 
 @contextmanager
-def _reading(file: InputFile) -> Iterator[io.BufferedIOBase]:
+def open_input(file: InputFile) -> Iterator[io.BufferedIOBase]:
+    """Opens a file for reading, decompressed.
+
+    Raises:
+      DataError: it cannot be opened, or what happens in the block cannot read it; names the file.
+    """
     try:
-        with open_bytes(file) as stream:
+        with _open_bytes(file) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise DataError(f"{file.path}: cannot be read ({type(error).__name__}: {error})") from error
@@ -139,7 +144,7 @@ def _reading(file: InputFile) -> Iterator[io.BufferedIOBase]:
 
 def _text_chunks(file: InputFile, report: ReadReport) -> Iterator[str]:
     utf8 = _Utf8(file, report)
-    with _reading(file) as stream:
+    with open_input(file) as stream:
         while data := stream.read(BLOCK_BYTES):
             yield utf8.decode(data, final=False)
     yield utf8.decode(b"", final=True)
@@ -165,7 +170,7 @@ def _parts(name: str, chunks: Iterable[str], document_bytes: int) -> Iterator[Do
 def _json_records(piece: Piece, report: ReadReport) -> Iterator[tuple[str, Any]]:
     """Lines that start in [start, stop), named by the byte at which they start in the decompressed file."""
     utf8 = _Utf8(piece.file, report)
-    with _reading(piece.file) as stream:
+    with open_input(piece.file) as stream:
         position = piece.start
         if position:
             stream.seek(position - 1)
@@ -187,7 +192,7 @@ def _json_records(piece: Piece, report: ReadReport) -> Iterator[tuple[str, Any]]
 
 
 def _parquet_records(piece: Piece) -> Iterator[tuple[str, Any]]:
-    with _reading(piece.file) as stream, pq.ParquetFile(stream) as table:
+    with open_input(piece.file) as stream, pq.ParquetFile(stream) as table:
         stop = table.num_row_groups if piece.stop is None else piece.stop
         row = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
         for batch in table.iter_batches(batch_size=64, row_groups=list(range(piece.start, stop))):

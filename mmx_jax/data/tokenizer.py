@@ -19,7 +19,7 @@ import tokenizers
 from jaxtyping import Int32, UInt32
 
 from mmx_jax.config import TokenizerConfig
-from mmx_jax.data.errors import TokenizerError
+from mmx_jax.data.errors import DataError, TokenizerError
 
 SPACE_MARK = "\u2581"
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -196,9 +196,23 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> Tokenize
         raise TokenizerError(f"{path}: no such tokenizer file")
     config = path.with_name("tokenizer_config.json")
     if end_of_text is None and config.is_file():
-        name = json.loads(config.read_text()).get("eos_token")
-        end_of_text = name.get("content") if isinstance(name, dict) else name
+        end_of_text = _configured_end_of_text(config)
     return (_load_json if path.suffix == ".json" else _load_sentencepiece)(path, end_of_text)
+
+
+def _configured_end_of_text(path: Path) -> str | None:
+    """eos_token of a tokenizer_config.json, which is a string or an object with the field "content"."""
+    try:
+        name = json.loads(path.read_bytes()).get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if not isinstance(name, str | None):
+            raise TypeError(f"eos_token is {name!r}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TokenizerError(
+            f"{path}: no tokenizer configuration ({error}); mend it, or delete it and name the end of text in "
+            "tokenizer.end_of_text"
+        ) from error
+    return name
 
 
 def _load_sentencepiece(path: Path, end_of_text: str | None) -> Tokenizer:
@@ -319,11 +333,21 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, config: TokenizerCon
 
     Raises:
       TokenizerError: the text is too small for the vocabulary.
+      DataError: whatever `texts` raised.
     """
-    lines = (line for text in texts for line in _training_lines(text))
+    failures: list[DataError] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from _training_lines(text)
+        except DataError as error:  # SentencePiece wraps what its iterator raises, and so would blame the tokenizer
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_prefix=str(Path(path).with_suffix("")),
             model_type="bpe",
             vocab_size=config.vocab_size,
@@ -342,6 +366,8 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, config: TokenizerCon
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if failures:
+            raise failures[0] from None
         raise TokenizerError(
             f"cannot train a tokenizer of {config.vocab_size} pieces on this text ({error}); "
             "give more text or a smaller tokenizer.vocab_size"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mmx_jax.config import PrepareConfig
 from mmx_jax.data.inputs import Inputs
-from mmx_jax.data.readers import Document, Piece, ReadReport, open_bytes, read_documents
+from mmx_jax.data.readers import Document, Piece, ReadReport, open_input, read_documents
 from mmx_jax.data.shards import SPLITS, SplitWriter, storage_errors, token_dtype, write_json
 from mmx_jax.data.shuffle import fold, permutation
 from mmx_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,9 +43,10 @@ class ShardJob:
 
     def finished(self) -> bool:
         """Whether an earlier run wrote the shard: its record is there, and its files have the recorded sizes."""
-        if not self.record.exists():
+        try:
+            entries = [entry for entry in json.loads(self.record.read_bytes())["splits"].values() if entry]
+        except (FileNotFoundError, ValueError):  # no record, or a damaged one
             return False
-        entries = [entry for entry in json.loads(self.record.read_text())["splits"].values() if entry]
         files = [
             (f"{entry['stem']}.{kind}", file["bytes"]) for entry in entries for kind, file in entry["files"].items()
         ]
@@ -65,6 +66,9 @@ def plan_shards(inputs: Inputs, config: PrepareConfig) -> list[ShardJob]:
     """Cuts the corpus into shards of about 16 MiB of text (more for a corpus beyond 64 GiB), in input order.
 
     Large JSONL files are cut at lines and Parquet files at row groups; text and compressed files are not cut.
+
+    Raises:
+      DataError: a Parquet file cannot be read; names it.
     """
     weights = [file.size * (TEXT_PER_COMPRESSED_BYTE if file.compression else 1) for file in inputs.files]
     target = max(SHARD_BYTES, sum(weights) // MOST_SHARDS)
@@ -77,7 +81,7 @@ def plan_shards(inputs: Inputs, config: PrepareConfig) -> list[ShardJob]:
             starts = range(0, file.size, target)
             pieces = [(Piece(file, start, min(start + target, file.size)), target) for start in starts]
         elif file.kind == "parquet" and weight > target:
-            with open_bytes(file) as stream, pq.ParquetFile(stream) as table:
+            with open_input(file) as stream, pq.ParquetFile(stream) as table:
                 groups = table.num_row_groups
             pieces = [(Piece(file, group, group + 1), weight // groups) for group in range(groups)]
         for piece, size in pieces:

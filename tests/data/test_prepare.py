@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +168,77 @@ def test_changed_inputs_start_anew(
     prepare(config, progress=False)
     assert "starting anew" in caplog.text
     assert TokenStore(folder).tokenizer.decode(TokenStore(folder).tokens(0)).startswith("second")
+
+
+def test_a_damaged_note_of_an_interrupted_run_starts_anew(store_folder: Path, tmp_path: Path) -> None:
+    source, folder = tmp_path / "a.txt", tmp_path / "store"
+    source.write_text("some text\n" * 50)
+    (folder / "shards").mkdir(parents=True)
+    (folder / "unfinished.json").write_text('{"format": 1, "req')
+    (folder / "shards" / "00000.json").write_text("{")
+    assert prepare(_config(source, folder, store_folder, held_out_fraction=0.0), progress=False).splits["train"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "c.txt").write_text("new"), r"1 added \(corpus/c\.txt\)"),
+        (lambda folder: (folder / "a.txt").unlink(), r"1 gone \(corpus/a\.txt\)"),
+        (lambda folder: (folder / "a.txt").write_text("b"), r"1 of another size \(corpus/a\.txt\)"),
+        (lambda folder: os.utime(folder / "a.txt", (1, 1)), None),
+        (shutil.rmtree, None),
+    ],
+    ids=["added", "gone", "resized", "touched", "no corpus"],
+)
+def test_a_corpus_that_changed_since_is_noticed(
+    store_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any, words: str | None
+) -> None:
+    """The command refuses it, training goes on with a warning; a store without its corpus is as good."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in "ab":
+        (corpus / f"{name}.txt").write_text(f"text of {name}\n" * 20)
+    config = _config(corpus, tmp_path / "store", store_folder, held_out_fraction=0.0)
+    manifest = prepare(config, progress=False)
+    change(corpus)
+    assert prepare(config, progress=False) == manifest
+    assert bool(caplog.records) == (corpus.exists())
+    if words is None:
+        assert prepare(config, progress=False, refuse_changes=True) == manifest
+        return
+    with pytest.raises(DataError, match=words + r".*Delete the folder to prepare it anew"):
+        prepare(config, progress=False, refuse_changes=True)
+
+
+def test_file_names_that_are_no_utf8(store_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a file is a document like others, its name has escapes; invalid text in it is still reported."""
+    source = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    source.write_bytes(b"good\n" * 9 + b"\xff\n")
+    manifest = prepare(_config(source, tmp_path / "store", store_folder, held_out_fraction=0.0), progress=False)
+    assert list(manifest.statistics["invalid_utf8"].values()) == [1]
+    assert "caf\\xe9.txt: 1 invalid" in caplog.text
+    (names,) = (tmp_path / "store" / "shards").glob("*.names")
+    assert json.loads(names.read_text()) == "caf\\xe9.txt"
+    assert prepare(_config(source, tmp_path / "store", store_folder, held_out_fraction=0.0), progress=False) == manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "no JSON"),
+        ("a.txt.gz", b"\x1f\x8bbroken", "cannot be read"),
+        ("a.parquet", b"PAR1" + b"x" * 60_000 + b"PAR1", "cannot be read"),
+    ],
+)
+def test_a_corpus_error_is_no_tokenizer_error(
+    tmp_path: Path, small_shards: None, name: str, content: bytes, words: str
+) -> None:
+    """What is wrong with a file is said of the file, while a tokenizer is trained on it as well."""
+    (tmp_path / name).write_bytes(content)
+    config = PrepareConfig(inputs=(str(tmp_path / name),), output=str(tmp_path / "store"), processes=1)
+    with pytest.raises(DataError, match=f"{name}.*{words}") as caught:
+        prepare(config, progress=False)
+    assert not isinstance(caught.value, TokenizerError)
 
 
 def test_killed_worker_is_an_error(corpus: Path, store_folder: Path, tmp_path: Path, small_shards: None) -> None:
@@ -334,7 +407,7 @@ def test_command_line(corpus: Path, store_folder: Path, tmp_path: Path) -> None:
     assert "train:" in done.stdout
     assert Manifest.read(tmp_path / "store").license == "PSF"
     done = subprocess.run([*base, "--inputs=/nowhere/*.txt"], capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
 

@@ -153,6 +153,11 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     for name, words in {"a.model": "SentencePiece", "a.json": "tokenizer.json", "b.model": "no such"}.items():
         with pytest.raises(TokenizerError, match=f"{name}.*{words}"):
             load_tokenizer(tmp_path / name)
+    path = _byte_level(tmp_path)
+    for content in ("{", "[]", '{"eos_token": 7}'):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: no tokenizer configuration"):
+            load_tokenizer(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(TokenizerError, match=r"neither tokenizer\.model nor"):
         load_tokenizer(tmp_path / "empty")
