@@ -1,8 +1,9 @@
 """What the model is trained on: where text comes from, how it becomes tokens, how tokens become batches."""
 
+import math
 from dataclasses import dataclass
 
-from mmx_jax.config.checks import at_least, fail, one_of
+from mmx_jax.config.checks import at_least, fail, one_of, seed_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,8 @@ class SourceConfig:
         tokens = [point[0] for point in self.weight]
         if not tokens or tokens != sorted(set(tokens)) or tokens[0] < 0:
             fail(self, "weight", "needs points (tokens, weight) with tokens increasing from >= 0")
-        if any(weight < 0 for _, weight in self.weight):
-            fail(self, "weight", "weights must not be negative")
+        if not all(0 <= weight < math.inf for _, weight in self.weight):
+            fail(self, "weight", "weights must be finite and not negative")
         at_least(self, 0, "min_length")
         if self.max_length is not None and self.max_length <= self.min_length:
             fail(self, "max_length", f"must be greater than min_length = {self.min_length}")
@@ -118,6 +119,9 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             fail(self, "sources", f"names must differ, got {names}")
+        if not any(weight for source in self.sources for _, weight in source.weight):
+            fail(self, "sources", "every weight is 0: nothing would be read")
+        seed_fits(self)
         one_of(self, "packing", ("concat", "best_fit"))
         at_least(self, 1, "window_rows")
         at_least(self, 0, "workers")

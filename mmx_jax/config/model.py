@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmx_jax.config.checks import at_least, divides, fail, one_of
+from mmx_jax.config.checks import at_least, divides, fail, one_of, positive
 
 LIGHTNING = "lightning"
 SOFTMAX = "softmax"
@@ -84,7 +84,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size")
         at_least(self, 1, "experts_per_token", "gate_rank", "trained_vocab_size")
-        at_least(self, 0, "num_experts", "rotary_dim", "capacity_factor", "aux_loss_coefficient", "end_of_text_id")
+        at_least(self, 0, "num_experts", "rotary_dim", "aux_loss_coefficient", "end_of_text_id")
+        at_least(self, 0, "lightning_beta", "softmax_beta", "ffn_beta")
+        positive(self, "lightning_alpha", "softmax_alpha", "ffn_alpha", "init_gain", "norm_eps", "lightning_norm_eps")
+        positive(self, "capacity_factor")  # (None is dropless routing)
+        positive(self, "rope_base", above=1.0)
         if not self.layers:
             fail(self, "layers", "needs at least one layer")
         if unknown := sorted(set(self.layers) - {LIGHTNING, SOFTMAX}):
@@ -94,10 +98,6 @@ class ModelConfig:
             fail(self, "rotary_dim", f"must be even and at most head_dim = {self.head_dim}")
         if self.num_experts and self.experts_per_token > self.num_experts:
             fail(self, "experts_per_token", f"must be at most num_experts = {self.num_experts}")
-        if self.rope_base <= 1:
-            fail(self, "rope_base", "must be greater than 1")
-        if self.capacity_factor is not None and self.capacity_factor == 0:
-            fail(self, "capacity_factor", "must be positive, or None for dropless routing")
         for field in ("trained_vocab_size", "end_of_text_id"):
             if (value := getattr(self, field)) is not None and value > self.vocab_size - (field == "end_of_text_id"):
                 fail(self, field, f"must fit in vocab_size = {self.vocab_size}")

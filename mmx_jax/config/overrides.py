@@ -36,7 +36,10 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
         except ConfigError as error:
             fail_with(error)
         overrides.update(found)
-        rest = app.parse_flags_with_usage(rest)
+        try:
+            rest = flags.FLAGS(rest)
+        except flags.Error as error:
+            fail_with(error)
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # below it, libraries tell of every file that they write
         return rest
@@ -172,6 +175,8 @@ def _replaced(annotation: Any, value: Any, change: Any, where: str) -> Any:
 def parse_value(annotation: Any, text: str, where: str) -> Any:
     """A value from the command line: None, bools, numbers (1e-3, 1_000), tuples ("(1, 2)" or "a,b"), plain strings.
 
+    A tuple of strings may be one string in quotes of its own, commas and all: "'a, b'".
+
     Raises:
       ConfigError: when the text is no such value.
     """
@@ -187,7 +192,8 @@ def parse_value(annotation: Any, text: str, where: str) -> Any:
         value = int(value)
     for member in members:
         if get_origin(member) is tuple and not isinstance(value, tuple | list):
-            parts = [part.strip() for part in text.split(",") if part.strip()]
+            quoted = isinstance(value, str) and value != text
+            parts = [value] if quoted else [part.strip() for part in text.split(",") if part.strip()]
             value = tuple(parse_value(_item_type(member, i), part, f"{where}.{i}") for i, part in enumerate(parts))
         elif is_dataclass(member):
             raise ConfigError(f"{where}: is a {describe_type(member)}; set its fields, as in {where}.<field>=value")

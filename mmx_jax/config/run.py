@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmx_jax.config.checks import at_least, fail, one_of
+from mmx_jax.config.checks import at_least, fail, one_of, positive, seed_fits
 from mmx_jax.config.data import DataConfig
 from mmx_jax.config.model import ModelConfig
 
@@ -47,8 +47,8 @@ class SchedulePhase:
     def __post_init__(self) -> None:
         at_least(self, 1, "until_tokens")
         one_of(self, "shape", ("constant", "linear", "exponential", "cosine"))
-        if self.learning_rate < 0 or (self.shape == "exponential" and self.learning_rate == 0):
-            fail(self, "learning_rate", "must be positive (zero is allowed unless the shape is 'exponential')")
+        if self.learning_rate or self.shape == "exponential":  # (zero is a rate too, but nothing decays to it so)
+            positive(self, "learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +113,8 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 fail(self, field, "must be in [0, 1)")
-        at_least(self, 0, "eps", "weight_decay", "max_skipped_steps")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            fail(self, "clip_norm", "must be positive, or None")
+        at_least(self, 0, "weight_decay", "max_skipped_steps")
+        positive(self, "eps", "clip_norm")
         one_of(self, "moment_dtype", ("float32", "bfloat16"))
 
 
@@ -145,8 +144,7 @@ class ExpertTransport:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_rounds", "token_groups")
-        if self.block_factor <= 0:
-            fail(self, "block_factor", "must be positive")
+        positive(self, "block_factor")
 
 
 LOSSLESS = ExpertTransport()
@@ -197,7 +195,7 @@ class StageConfig:
     init_from: str | None = None
     """Checkpoints of another run, or a folder of published safetensors (keep=("params",)); None is the stage before."""
     keep: tuple[str, ...] = KEEP
-    """What is taken over from `init_from` or from the stage before: any of params, optimizer, step, data."""
+    """What is taken over: any of params, optimizer, step, data of the stage before; of `init_from` params at least."""
     remat: str = "none"
     """Rematerialisation: "none", "attention" (keeps attention outputs), "layer" (keeps only layer inputs), "dots"."""
     transport: ExpertTransport = LOSSLESS
@@ -216,8 +214,9 @@ class StageConfig:
             fail(self, "keep", f"holds {unknown}; allowed are {', '.join(KEEP)}")
         if not self.trainable:
             fail(self, "trainable", "needs at least one group")
-        if self.rope_base is not None and self.rope_base <= 1:
-            fail(self, "rope_base", "must be greater than 1, or None for the model's")
+        if self.init_from is not None and "params" not in self.keep:
+            fail(self, "keep", f"must hold 'params': init_from = {self.init_from!r} is there to take them from")
+        positive(self, "rope_base", above=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +274,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "every_steps")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            fail(self, "profile_steps", "must be (first, last) with 1 <= first <= last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,13 +285,21 @@ class ReportConfig:
     baselines: bool = False
     """Unigram and bigram tables and `xz -9` on the same held-out text."""
     prompts: tuple[str, ...] = ()
-    """Prompts to continue."""
+    """Prompts to continue; on a command line one with a comma is quoted twice: --config.report.prompts="'a, b'"."""
     max_new_tokens: int = 120
     """Tokens of each continuation."""
     continue_finished: bool = False
     """Started again after its end, the run goes on from the checkpoint before the decay for one more budget."""
     next_commands: tuple[str, ...] = ()
-    """Lines printed at the very end."""
+    """Lines printed at the very end; {workdir} stands for the run's folder, other braces are doubled."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_new_tokens")
+        for line in self.next_commands:
+            try:
+                line.format(workdir="")
+            except (ValueError, LookupError, AttributeError) as error:
+                fail(self, "next_commands", f"{line!r}: only {{workdir}} may stand in braces ({error!r})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +321,7 @@ class RunConfig:
     """Folder of checkpoints, metrics and plots; None is runs/<name>. The flag --workdir overrides it."""
 
     def __post_init__(self) -> None:
+        seed_fits(self)
         if not self.stages:
             fail(self, "stages", "needs at least one stage")
         names = [stage.name for stage in self.stages]

@@ -66,6 +66,7 @@ CONFIG = RunConfig(
         ("stages.0.data.sources.0.weight", "((0, 1), (10, 2.5))", ((0, 1.0), (10, 2.5))),
         ("model.layers", "softmax,lightning", ("softmax", "lightning")),
         ("report.prompts", "('def f(a, b):', 'x')", ("def f(a, b):", "x")),
+        ("report.prompts", "'hello, world'", ("hello, world",)),
     ],
 )
 def test_a_field_takes_a_value_of_its_type(path: str, text: str, value: object) -> None:
@@ -94,6 +95,29 @@ def test_a_field_takes_a_value_of_its_type(path: str, text: str, value: object) 
         ("seed.x", "1", ["config.seed = 0 has no fields"]),
         ("logging.profile_steps", "(1, 2, 3)", ["must have 2 entries"]),
         ("stages.0.optimizer.moment_dtype", "float8", ["must be one of 'float32', 'bfloat16'"]),
+        ("stages.0.schedule.phases.0.learning_rate", "1e999", ["learning_rate = inf", "finite"]),
+        ("stages.0.schedule.phases.0.learning_rate", "1e39", ["learning_rate = 1e+39", "finite in fp32"]),
+        ("stages.0.schedule.phases.0.learning_rate", "-1", ["learning_rate = -1.0", "greater than 0"]),
+        ("stages.0.optimizer.eps", "0", ["eps = 0.0", "greater than 0"]),
+        ("stages.0.optimizer.eps", "1e-50", ["eps = 1e-50", "in fp32"]),
+        ("stages.0.optimizer.clip_norm", "0", ["clip_norm = 0.0", "greater than 0"]),
+        ("stages.0.optimizer.weight_decay", "1e999", ["weight_decay = inf", "finite"]),
+        ("stages.0.rope_base", "1", ["rope_base = 1.0", "greater than 1"]),
+        ("stages.0.data.seed", "4294967296", ["DataConfig.seed", "from 0 to 4294967295"]),
+        ("stages.0.data.sources.0.weight", "((0, 1e999),)", ["weight", "finite"]),
+        ("seed", "99999999999999999999", ["RunConfig.seed", "from 0 to 4294967295"]),
+        ("seed", "-1", ["RunConfig.seed", "from 0 to 4294967295"]),
+        ("model.norm_eps", "-1", ["norm_eps = -1.0", "greater than 0"]),
+        ("model.lightning_norm_eps", "0", ["lightning_norm_eps = 0.0", "greater than 0"]),
+        ("model.init_gain", "-1", ["init_gain = -1.0", "greater than 0"]),
+        ("model.lightning_alpha", "0", ["lightning_alpha = 0.0", "greater than 0"]),
+        ("model.ffn_beta", "-1", ["ffn_beta = -1.0", "at least 0"]),
+        ("model.rope_base", "1e999", ["rope_base = inf", "finite"]),
+        ("model.capacity_factor", "1e999", ["capacity_factor = inf", "finite"]),
+        ("logging.profile_steps", "(9, 2)", ["profile_steps = (9, 2)", "first <= last"]),
+        ("logging.profile_steps", "(0, 2)", ["profile_steps = (0, 2)", "1 <= first"]),
+        ("report.max_new_tokens", "0", ["max_new_tokens = 0", "must be at least 1"]),
+        ("report.next_commands", "('see {folder}',)", ["next_commands", "only {workdir} may stand in braces"]),
     ],
 )
 def test_a_wrong_override_names_the_key_and_what_is_right(path: str, text: str, words: list[str]) -> None:
@@ -106,6 +130,19 @@ def test_a_wrong_override_names_the_key_and_what_is_right(path: str, text: str, 
 def test_fields_that_depend_on_each_other_change_together() -> None:
     changed = apply_overrides(CONFIG, {"model.num_heads": "9", "model.num_kv_heads": "3"})
     assert (changed.model.num_heads, changed.model.num_kv_heads) == (9, 3)
+
+
+def test_sources_that_all_weigh_nothing_are_refused() -> None:
+    weights = {f"stages.0.data.sources.{number}.weight": "((0, 0), (9, 0))" for number in (0, 1)}
+    with pytest.raises(ConfigError, match="every weight is 0"):
+        apply_overrides(CONFIG, weights)
+    assert apply_overrides(CONFIG, dict([weights.popitem()])).stages[0].data.sources[1].weight == ((0, 0.0), (9, 0.0))
+
+
+def test_a_stage_from_another_run_takes_its_parameters() -> None:
+    """Keeping the counters of a run without its parameters says nothing that could be done."""
+    with pytest.raises(ConfigError, match=r"keep = \('step', 'data'\): must hold 'params': init_from = 'runs/a'"):
+        replace(CONFIG.stages[0], init_from="runs/a", keep=("step", "data"))
 
 
 def test_both_spellings_leave_the_other_arguments_alone() -> None:
@@ -183,6 +220,7 @@ def test_the_program_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
         (["--config", str(tmp_path / "none.py")], "no such file"),
         (["--config", str(Path(__file__).parents[2] / "configs/research_20m.py"), "--config.sed=1"], "mean 'seed'?"),
         (["--config", str(Path(__file__).parents[2] / "configs/research_20m.py"), "--config.seed"], "needs a value"),
+        (["--confgi", "x"], "Unknown command line flag 'confgi'"),
     ):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
