@@ -12,7 +12,7 @@ step for one and prints a JSON line (docs/scaling.md). Exit codes:
     2   the command line, the configuration or the input cannot work; one line says why, naming the key or the file
     70  loss or gradients were not finite for too many steps in a row
     74  the workdir or a checkpoint could not be written: disk full, read-only folder, dead writer
-    75  stopped by SIGTERM or Ctrl-C after saving; type the same command to go on
+    75  stopped by SIGTERM or Ctrl-C, after saving what was trained; type the same command to go on
     76  several processes: another one was lost or failed; start all again to go on
 """
 
@@ -32,6 +32,7 @@ _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step for -
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for, as in v5p:16x16x16 or v6e:16x16*2 (two).")
 _SEARCH = flags.DEFINE_bool("search", False, "With --compile_only: also try other meshes and remat policies.")
 EXIT_WRITE = 74
+EXIT_INTERRUPTED = 75
 WITHOUT_HARDWARE = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -58,6 +59,9 @@ def main(config: RunConfig) -> int:
     except Interrupted as end:
         print(end, file=sys.stderr)
         return end.exit_code
+    except KeyboardInterrupt:  # before the first step, or a second time
+        print("Ctrl-C: stopped; the same command goes on from the last checkpoint, or from the start", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except TrainingError as error:
         fail_with(error, error.exit_code)
     except CheckpointWriteError as error:

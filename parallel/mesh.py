@@ -29,7 +29,10 @@ def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     for axis, size in full.items():
         if size == -1:
             if devices % given:
-                raise MeshError(f"mesh axis {axis!r} cannot be filled: {devices} devices are no multiple of {given}")
+                fixed = ", ".join(f"{name} {size}" for name, size in full.items() if size not in (1, -1))
+                raise MeshError(
+                    f"mesh axis {axis!r} cannot be filled: {devices} devices are no multiple of {given} ({fixed})"
+                )
             full[axis] = devices // given
     if math.prod(full.values()) != devices:
         raise MeshError(f"mesh {full} needs {math.prod(full.values())} devices, there are {devices}")

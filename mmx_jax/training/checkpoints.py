@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 
 from mmx_jax.checkpoint import CheckpointStore
 from mmx_jax.config import RunConfig, to_dict
-from mmx_jax.training.errors import Interrupted
+from mmx_jax.training.errors import Interrupted, NonFiniteError
 from mmx_jax.training.schedule import decay_start
 from mmx_jax.training.session import Hook, Session
-from mmx_jax.training.state import TrainState
+from mmx_jax.training.state import TrainState, all_finite
 
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -91,6 +91,11 @@ class Checkpoints(Hook):
         update = session.progress.update
         if update == self._saved_update:
             return
+        if not all_finite(session.state):
+            raise NonFiniteError(
+                f"stage {session.stage.name!r}, step {session.progress.step}: parameters or moments are not finite; "
+                "nothing was saved, the last checkpoint is good. Lower the learning rate"
+            )
         metadata = metadata_of(session.config, session.progress.to_dict(), session.data_fingerprint)
         metadata |= {"finished": session.finished, "before_decay": before_decay}
         self._store.save(update, state_tree(session.state), metadata, permanent=before_decay)

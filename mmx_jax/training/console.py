@@ -4,6 +4,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from mmx_jax.evaluation import TaskResult
 from mmx_jax.training.session import Hook, Record, Session
@@ -23,9 +24,14 @@ class ConsoleLog(Hook):
 
     def start(self, session: Session) -> None:
         self._started, self._first = time.monotonic(), True
-        self._console.print(f"[bold]{session.stage.name}[/bold]: {_target(session)}; compiling the first step ...")
+        name = Text(session.stage.name, style="bold")  # (of any characters: never read as markup)
+        self._console.print(name + Text(f": {_target(session)}; compiling the first step ...", style="none"))
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+            )
             self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[eta]}"), console=self._console)
             self._task = self._bar.add_task(session.stage.name, total=session.schedule.tokens, eta="")
             self._bar.start()

@@ -20,7 +20,7 @@ class WorkdirError(TrainingError):
 
 
 class NonFiniteError(TrainingError):
-    """Loss or gradients were not finite for too many steps in a row."""
+    """Loss or gradients were not finite for too many steps in a row, or what came out is not."""
 
     exit_code = 70
 

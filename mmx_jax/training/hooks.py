@@ -1,6 +1,7 @@
 """What happens beside training: metrics file, TensorBoard, loss curve, profile, evaluation, giving up."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -16,22 +17,31 @@ from mmx_jax.training.errors import NonFiniteError, WorkdirError
 from mmx_jax.training.plot import plot_losses
 from mmx_jax.training.session import Hook, Record, Session
 
+log = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 LOSS_CURVE = "loss.png"
 
 
 def read_lines(path: Path, last_update: int) -> list[Record]:
-    """Records of a JSON-lines file up to an update; a half-written line, as a killed run leaves it, is left out."""
+    """Records of a JSON-lines file up to an update.
+
+    A half-written last line, as a killed run leaves it, is left out; so are damaged ones, which the log names.
+    """
+    if not path.is_file():
+        return []
+    *whole, _half = path.read_bytes().split(b"\n")
     records = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record["update"] <= last_update:
-                records.append(record)
+    for number, line in enumerate(whole, start=1):
+        try:
+            record = json.loads(line)
+            wanted = record["update"] <= last_update
+        except (ValueError, TypeError, LookupError):
+            log.warning("%s:%d: no record of an update; the line is left out", path, number)
+            continue
+        if wanted:
+            records.append(record)
     return records
 
 
@@ -190,7 +200,7 @@ class LossCurve(Hook):
 
 
 class NonFinite(Hook):
-    """Ends the run when too many updates in a row had to be skipped."""
+    """Ends the run when too many updates in a row had to be skipped, or at its end more than half of a stage's."""
 
     def record(self, session: Session, record: Record) -> None:
         in_a_row, limit = session.progress.skipped_in_a_row, session.stage.optimizer.max_skipped_steps
@@ -203,6 +213,16 @@ class NonFinite(Hook):
                 f"row {session.progress.row}"
             )
 
+    def finish(self, session: Session) -> None:
+        if not (in_a_row := session.progress.skipped_in_a_row):
+            return
+        if 2 * in_a_row > (steps := session.progress.step):
+            raise NonFiniteError(
+                f"stage {session.stage.name!r}: loss or gradients were not finite in its last {in_a_row} of {steps} "
+                "updates; look at the learning rate, the model's settings and where it started"
+            )
+        log.warning("stage %r: its last %d updates were not finite and skipped", session.stage.name, in_a_row)
+
 
 class Profile(Hook):
     """A profiler trace of some steps, under workdir/profile."""
@@ -212,13 +232,16 @@ class Profile(Hook):
         self._first, self._last = steps
         self._running = False
 
-    def update(self, session: Session) -> None:
-        step = session.progress.step
-        if not self._running and step + 1 == self._first:
+    def start(self, session: Session) -> None:
+        if self._first <= session.progress.step + 1 <= self._last:
             session.settle()
             jax.profiler.start_trace(str(self._folder))
             self._running = True
-        elif self._running and step >= self._last:
+
+    def update(self, session: Session) -> None:
+        if not self._running:
+            self.start(session)
+        elif session.progress.step >= self._last:
             jax.block_until_ready(session.state)
             self.close()
 

@@ -22,13 +22,19 @@ def final_report(console: Console, config: RunConfig, stage: StageConfig, workdi
         console.rule("a continuation", align="left", style="dim")
         console.print(Text(prompt, style="bold") + Text(continuation, style="none"))
     console.rule(style="dim")
-    console.print(f"held-out bits per byte: {held_out.groups['all']['bits_per_byte']:.4f}", highlight=False)
+    figure = held_out.groups["all"]["bits_per_byte"]
+    _say(console, f"held-out bits per byte: {figure:.4f}")
     if config.report.baselines:
         for name, value in baseline_rows(config, stage):
-            console.print(f"  {name:<42}{value:.4f}", highlight=False)
-    console.print(f"loss curve: {workdir}/{LOSS_CURVE}", highlight=False, soft_wrap=True)
+            _say(console, f"  {name:<42}{value:.4f}")
+    _say(console, f"loss curve: {workdir}/{LOSS_CURVE}")
     for line in config.report.next_commands:
-        console.print(line.format(workdir=workdir), highlight=False, soft_wrap=True)
+        _say(console, line.format(workdir=workdir))
+
+
+def _say(console: Console, line: str) -> None:
+    """Prints a line as it is: names and paths may hold what rich takes for markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def baseline_rows(config: RunConfig, stage: StageConfig) -> list[tuple[str, float]]:

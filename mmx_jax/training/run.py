@@ -36,7 +36,7 @@ from mmx_jax.training.loop import train
 from mmx_jax.training.report import final_report
 from mmx_jax.training.schedule import for_round
 from mmx_jax.training.session import Hook, Session
-from mmx_jax.training.stages import StageSetup, Start, first_start, next_start, resume
+from mmx_jax.training.stages import StageSetup, Start, check_trainable, first_start, next_start, resume
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step
 from parallel import distributed
@@ -55,17 +55,18 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     console = console or Console(quiet=jax.process_index() != 0)
     workdir = Path(config.workdir or f"runs/{config.name}")
     print_config(console, replace(config, workdir=str(workdir)))
+    check_trainable(config)
     create_workdir(workdir)
     _use_compile_cache(workdir)
     prepare_data(config, console)
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES})
-    console.print(f"devices: {mesh.size} x {jax.devices()[0].device_kind}; mesh {_mesh_line(mesh)}", highlight=False)
+    _say(console, f"devices: {mesh.size} x {jax.devices()[0].device_kind}; mesh {_mesh_line(mesh)}")
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         store = stack.enter_context(_open_store(workdir, config))
         start = _start(config, mesh, store, workdir)
         if start is None:
-            console.print(f"finished: nothing is left to train in {workdir}; see python eval.py --help")
+            _say(console, f"finished: nothing is left to train in {workdir}; see python eval.py --help")
             return
         if jax.process_index() == 0:
             write_json(workdir / CONFIG_FILE, to_dict(config))
@@ -80,7 +81,7 @@ def _train_stages(
 ) -> TaskResult:  # fmt: skip
     """Trains from `start` to the end of the last stage; returns the last held-out figures."""
     while True:
-        console.print(start.reason, highlight=False)
+        _say(console, start.reason)
         session = open_session(config, mesh, workdir, start)
         last = LastEvaluation()
         session.hooks = [*make_hooks(config, workdir, store, stop, console), last]
@@ -187,7 +188,7 @@ def prepare_data(config: RunConfig, console: Console) -> None:
         for request in wanted:
             manifest = prepare(request, progress=console.is_terminal)
             tokens = manifest.splits["train"]["tokens"]
-            console.print(f"{request.output}: {tokens:,} training tokens", highlight=False)
+            _say(console, f"{request.output}: {tokens:,} training tokens")
     if wanted:
         distributed.barrier("data prepared")
 
@@ -232,7 +233,12 @@ def _use_compile_cache(workdir: Path) -> None:
 def print_config(console: Console, config: RunConfig) -> None:
     """Prints every setting, an object a line."""
     for line in config_lines("config", config):
-        console.print(line, highlight=False, soft_wrap=True, style="dim", markup=False)
+        _say(console, line, style="dim")
+
+
+def _say(console: Console, line: str, style: str = "none") -> None:
+    """Prints a line as it is: names and paths may hold what rich takes for markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)
 
 
 def config_lines(name: str, value: Any) -> Iterator[str]:

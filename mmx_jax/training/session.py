@@ -1,5 +1,6 @@
 """One stage being trained: everything that the loop advances and its hooks look at."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mmx_jax.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
 from mmx_jax.evaluation import EvalModel, HeldOut, TaskResult
 from mmx_jax.flops import peak_flops, training_flops_per_token
 from mmx_jax.training.batches import BatchFeed
+from mmx_jax.training.errors import NonFiniteError
 from mmx_jax.training.progress import Progress
 from mmx_jax.training.schedule import learning_rate, sequences_per_step
 from mmx_jax.training.state import TrainState
@@ -118,9 +120,18 @@ class Session:
             hook.record(self, record)
 
     def evaluate(self) -> TaskResult:
-        """Scores held-out text with the present parameters and tells the hooks."""
+        """Scores held-out text with the present parameters and tells the hooks.
+
+        Raises:
+          NonFiniteError: its loss is not finite.
+        """
         self.settle()
         result = HeldOut.from_config(self.config, self.stage).run(EvalModel(self.model, self.state.params))
+        if not math.isfinite(loss := result.groups["all"]["loss"]):
+            raise NonFiniteError(
+                f"stage {self.stage.name!r}, after step {self.progress.step}: the loss of the held-out text is {loss}; "
+                "lower the learning rate, or look at the model's settings and where it started"
+            )
         for hook in self.hooks:
             hook.evaluated(self, result)
         self.pause()

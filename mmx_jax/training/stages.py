@@ -22,6 +22,7 @@ from mmx_jax.training.checkpoints import state_tree
 from mmx_jax.training.errors import CheckpointRefusedError
 from mmx_jax.training.optimizer import learning_rate_factors, make_optimizer
 from mmx_jax.training.progress import Progress
+from mmx_jax.training.schedule import decay_start, for_round
 from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, init_state, shardings_of
 from parallel import distributed
 
@@ -145,8 +146,6 @@ def _from_folder(setup: StageSetup, counters: Progress) -> tuple[TrainState, Pro
         return _from_safetensors(setup), counters
     folder, number = find_checkpoints(setup.stage.init_from)
     wanted = {name: tree for name, tree in state_tree(setup.abstract).items() if name in keep}
-    if "params" not in keep:
-        return setup.random_state(), counters
     # Imported weights may be stored in bf16; moments are taken over as they are or not at all.
     restored = CheckpointStore(folder).restore(wanted, number, cast="optimizer" not in keep)
     params = restored.tree["params"]
@@ -174,6 +173,20 @@ def _from_safetensors(setup: StageSetup) -> TrainState:
         )
     params = load_safetensors(stage.init_from, setup.config.model, shardings_of(setup.abstract.params))
     return TrainState(params, setup.fresh_optimizer(params))
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Checks, before the first of them is trained, that each stage's trainable groups fit the model.
+
+    Raises:
+      ConfigError: names the stage, and the pattern that matches no parameter.
+    """
+    specs = parameter_spec(config.model)
+    for stage in config.stages:
+        try:
+            learning_rate_factors(specs, stage.trainable)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name!r}: {error}") from error
 
 
 def saved_steps(store: CheckpointStore) -> list[SavedStep]:
@@ -248,39 +261,54 @@ def resume(config: RunConfig, mesh: Mesh, store: CheckpointStore, *, reported: b
     steps = saved_steps(store)
     for saved in steps:
         index = check_same_run(saved, config)
-        last = index + 1 == len(config.stages)
-        finished = saved.metadata["finished"]
-        if finished and last and reported and not config.report.continue_finished:
-            return None
-        again = finished and last and reported
-        source = _before_decay(steps, saved) if again else saved
-        setup = StageSetup(config, config.stages[index], mesh)
-        try:
-            restored = store.restore(state_tree(setup.abstract), step=source.number)
-        except CheckpointDamagedError as error:
-            if again:
-                raise
-            log.error("%s; trying the step before it", error)
+        last, finished = index + 1 == len(config.stages), saved.metadata["finished"]
+        setup, progress = StageSetup(config, config.stages[index], mesh), saved.progress
+        if finished and last and reported:
+            return _another_round(setup, store, steps, saved) if config.report.continue_finished else None
+        state = _restored(setup, store, saved)
+        if state is None:
             continue
-        state = TrainState(restored.tree["params"], restored.tree["optimizer"])
-        progress, where = source.progress, f"checkpoint {source.number}"
-        if again:
-            progress = replace(progress, update=saved.number, round=saved.progress.round + 1)
-            reason = f"finished before: going on from {where}, before the decay, for one more budget"
-        elif finished and not last:
+        if finished and not last:
             return next_start(config, mesh, index + 1, state, progress)
-        else:
-            reason = f"resuming from {where}: stage {progress.stage!r}, step {progress.step:,}, row {progress.row:,}"
-        return Start(index, state, progress, reason, source.metadata["data_fingerprint"])
+        where = f"checkpoint {saved.number}: stage {progress.stage!r}, step {progress.step:,}, row {progress.row:,}"
+        return Start(index, state, progress, f"resuming from {where}", saved.metadata["data_fingerprint"])
     store.restore({"params": {}})  # every step there is, is damaged: says so, naming what is wrong with the oldest
     return None
 
 
-def _before_decay(steps: list[SavedStep], end: SavedStep) -> SavedStep:
-    """The checkpoint at which the decay of a finished round began; its end when it had no decay."""
+def _restored(setup: StageSetup, store: CheckpointStore, saved: SavedStep) -> TrainState | None:
+    """The state of a step; None when it is damaged, which the log tells."""
+    try:
+        tree = store.restore(state_tree(setup.abstract), step=saved.number).tree
+    except CheckpointDamagedError as error:
+        log.error("%s; trying the step before it", error)
+        return None
+    return TrainState(tree["params"], tree["optimizer"])
+
+
+def _another_round(setup: StageSetup, store: CheckpointStore, steps: list[SavedStep], end: SavedStep) -> Start:
+    """The start of one more budget of the last stage, which ended at `end`: the newest good step before a decay.
+
+    Raises:
+      CheckpointRefusedError: there is none.
+    """
     for saved in steps:
-        position = saved.progress
-        same = (position.stage, position.round) == (end.progress.stage, end.progress.round)
-        if same and saved.metadata["before_decay"]:
-            return saved
-    return end
+        if saved.progress.stage != setup.stage.name or not _before_decay(saved, setup.stage):
+            continue
+        if (state := _restored(setup, store, saved)) is not None:
+            progress = replace(saved.progress, update=end.number, round=end.progress.round + 1)
+            where = f"checkpoint {saved.number}, before the decay, for one more budget"
+            index = setup.config.stages.index(setup.stage)
+            fingerprint = saved.metadata["data_fingerprint"]
+            return Start(index, state, progress, f"finished before: going on from {where}", fingerprint)
+    raise CheckpointRefusedError(
+        f"{store.folder}: the run is finished, and no step from before its decay, from which one more budget could go "
+        "on, is there and good. Bring one back, take --config.report.continue_finished=False, or start another "
+        "--workdir from this one by init_from"
+    )
+
+
+def _before_decay(saved: SavedStep, stage: StageConfig) -> bool:
+    """Whether a step of the stage comes before the decay of its round (the one that was saved as such, or earlier)."""
+    decay = decay_start(for_round(stage.schedule, saved.progress.round))
+    return saved.metadata["before_decay"] or saved.progress.tokens < decay

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.data import Batch
@@ -84,6 +84,13 @@ def init_optimizer(
     """A fresh optimizer state for these parameters."""
     init = jax.jit(optimizer.init, out_shardings=shardings_of(abstract.optimizer))
     return init(trainable_part(params, factors))
+
+
+@jax.jit
+def all_finite(state: TrainState) -> Bool[Array, ""]:
+    """Whether every parameter and every moment is finite; the same answer on all processes."""
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
 def shardings_of(tree: Any) -> Any:

@@ -41,7 +41,8 @@ def make_train_step(
     "drop_rate" (slots over capacity) and "lost_rate" (slots lost on the way to their experts).
 
     A stage whose ramp has one point runs all A micro-batches; otherwise the number is a loop bound, so that a ramp
-    changes no shape. An update whose loss or gradient is not finite leaves the state bit for bit as it was.
+    changes no shape. An update whose loss, gradient or learning rate is not finite leaves the state bit for bit as it
+    was.
     """
     model = stage_model(model, stage)
     loss = loss_function(stage)
@@ -61,7 +62,7 @@ def make_train_step(
         gradients = jax.lax.with_sharding_constraint(gradients, trainable_part(shardings_of(abstract.params), factors))
         with jax.named_scope("update"):
             norm = optax.tree.norm(gradients)
-            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & jnp.isfinite(learning_rate)
             if stage.optimizer.clip_norm is not None:
                 scale = jnp.minimum(1.0, stage.optimizer.clip_norm / norm)
                 gradients = jax.tree.map(lambda g: g * scale, gradients)

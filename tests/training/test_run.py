@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from mmx_jax.checkpoint import CheckpointStore
+from mmx_jax.checkpoint.store import steps_on_disk
 from mmx_jax.config import (
     BatchConfig,
     ConfigError,
@@ -32,7 +33,8 @@ from mmx_jax.data import DataError, TrainingRows
 from mmx_jax.training.errors import CheckpointRefusedError, Interrupted, NonFiniteError, WorkdirError
 from mmx_jax.training.hooks import JsonLines
 from mmx_jax.training.run import run
-from parallel.mesh import MeshError
+from mmx_jax.training.stages import resume
+from parallel.mesh import MeshError, make_mesh
 from parallel.sharding import ShardingError
 from tests.training import process
 
@@ -83,7 +85,7 @@ def _interrupted(config: RunConfig, workdir: Path, update: int) -> None:
 @pytest.fixture(scope="module")
 def two_rounds(short: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A workdir after a run and a second start of it, with what both printed."""
-    workdir = tmp_path_factory.mktemp("run") / "work"
+    workdir = tmp_path_factory.mktemp("run") / "work [/red]"  # (what rich takes for markup is printed as it is)
     return workdir, _run(short, workdir), _run(short, workdir)
 
 
@@ -186,6 +188,28 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     assert process.metrics(workdir) == process.metrics(original)
 
 
+def test_a_finished_run_goes_on_from_another_step_when_the_one_before_the_decay_is_damaged(
+    short: RunConfig, two_rounds: tuple[Path, str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next good step before a decay takes its place, never one from within; without any, the way out is named."""
+    workdir = tmp_path / "work"
+    shutil.copytree(two_rounds[0], workdir)
+    store, mesh = CheckpointStore(workdir / "checkpoints"), make_mesh({"fsdp": -1})
+    before_decay = [step for step in steps_on_disk(store.folder) if store.metadata(step)["before_decay"]]
+    assert len(before_decay) == 2
+    for step in reversed(before_decay):
+        start = resume(short, mesh, store, reported=True)
+        assert start is not None
+        assert f"going on from checkpoint {step}, before the decay" in start.reason
+        assert (start.progress.round, start.progress.update) == (3, 24)
+        assert start.progress.row == store.metadata(step)["progress"]["row"]
+        damaged = store.folder / f"{step:08}/arrays/params.head/c.0.0"
+        damaged.write_bytes(bytes(len(damaged.read_bytes())))
+    with pytest.raises(CheckpointRefusedError, match=r"no step from before its decay.*continue_finished=False"):
+        resume(short, mesh, store, reported=True)
+    assert "params/head" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def staged(short: RunConfig) -> RunConfig:
     """Two stages: all of the model on 32 tokens, then the head alone on 16, with a fresh optimizer."""
@@ -248,6 +272,23 @@ def test_a_run_that_blows_up_ends(short: RunConfig, tmp_path: Path) -> None:
     lines = process.metrics(tmp_path)
     assert [line["skipped"] for line in lines[-3:]] == [1, 2, 3]
     assert lines[-1]["grad_norm"] is None, "JSON has no NaN"
+
+
+def test_a_run_that_ends_in_nonsense_is_no_success(short: RunConfig, tmp_path: Path) -> None:
+    """One update far too large, the others skipped: the run is not finished, however often it is started again."""
+    phase = SchedulePhase(until_tokens=3 * 8 * LENGTH, learning_rate=1e38)
+    stage = replace(short.stages[0], schedule=ScheduleConfig(phases=(phase,), warmup_steps=0))
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match="not finite in its last 2 of 3 updates"):
+            _run(replace(short, stages=(stage,)), tmp_path)
+    assert not (tmp_path / "evaluations.jsonl").read_text()
+
+
+def test_pattern_of_a_later_stage_is_checked_first(staged: RunConfig, tmp_path: Path) -> None:
+    second = replace(staged.stages[1], trainable=(TrainableGroup(pattern="hed"),))
+    with pytest.raises(ConfigError, match="stage 'head': trainable: pattern 'hed' matches no parameter"):
+        _run(replace(staged, stages=(staged.stages[0], second)), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_input_that_cannot_work_is_named_before_training(short: RunConfig, tmp_path: Path) -> None:

@@ -129,19 +129,21 @@ def test_a_ramp_changes_no_shape(tiny: RunConfig, accumulating: Trainer) -> None
     assert trainer.step._cache_size() == 1
 
 
-@pytest.mark.parametrize("poison", ["parameter", "mask"])
+@pytest.mark.parametrize("poison", ["parameter", "mask", "rate"])
 def test_an_update_that_is_not_finite_changes_nothing(single: Trainer, poison: str) -> None:
-    """NaN in a parameter or in the batch: state bit for bit as before, reported; the next good update goes on."""
+    """NaN in a parameter or in the batch, or no finite rate: state bit for bit as before; the next good one goes on."""
     state, batch = single.start(), single.batch(1)
     state, _ = single.update(state, batch)
     if poison == "parameter":
         name = "layers/0/0/ffn/gate"
         state = TrainState(state.params | {name: state.params[name].at[0, 0, 1, 2, 3].set(jnp.nan)}, state.optimizer)
         bad = batch
+    elif poison == "rate":
+        bad = batch
     else:
         bad = replace(batch, loss_mask=batch.loss_mask.at[0, 0, 0].set(jnp.inf))
     before = _host(state)
-    after, metrics = single.update(state, bad)
+    after, metrics = single.update(state, bad, rate=np.inf if poison == "rate" else 1e-2)
     assert not bool(metrics["finite"])
     for one, other in zip(jax.tree.leaves(_host(after)), jax.tree.leaves(before), strict=True):
         assert one.tobytes() == other.tobytes()
