@@ -3,9 +3,11 @@
     python eval.py --checkpoint runs/quickstart
     python eval.py --checkpoint runs/quickstart --tasks held_out --stores books=data/books --max_tokens 100000
 
-Prints a table for each task and writes <workdir>/evaluations/<step>.<task>.json.
+Prints a table for each task and writes <workdir>/evaluations/<step>.<task>.json; results with other settings stay, and
+the new one is called <step>.<task>.2.json and so on.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,11 @@ from rich.console import Console
 from mmx_jax.checkpoint import CheckpointError
 from mmx_jax.config import ConfigError, DataConfig, RunConfig, SourceConfig, StageConfig
 from mmx_jax.config.overrides import fail_with
-from mmx_jax.data import DataError
-from mmx_jax.evaluation import EvalModel, find_tasks, result_table, write_result
+from mmx_jax.data import DataError, TokenizerError, TokenStore, check_store_vocabulary
+from mmx_jax.evaluation import EvalModel, find_tasks, result_path, result_table, write_result
+from mmx_jax.evaluation.held_out import unique_stores
 from mmx_jax.inference.flags import define_checkpoint_flags
-from mmx_jax.inference.load import LoadError, load_for_inference
+from mmx_jax.inference.load import Loaded, LoadError, load_for_inference, with_tokenizer
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -58,6 +61,21 @@ def with_flags(options: flags.FlagValues, run: RunConfig, stage: StageConfig) ->
     return replace(run, evaluation=evaluation), stage
 
 
+def check_tokenizers(loaded: Loaded, stage: StageConfig) -> None:
+    """Checks that the stores hold ids of the model's own tokenizer, as far as one is known.
+
+    Raises:
+      DataError: a store is missing or has another tokenizer.
+    """
+    try:
+        _, tokenizer = with_tokenizer(loaded)
+    except TokenizerError as error:
+        print(f"warning: tokenizers are compared by size only: {error}", file=sys.stderr)
+        return
+    for _, folder in unique_stores(stage):
+        check_store_vocabulary(TokenStore(folder, split="held_out"), loaded.model.vocab_size, tokenizer)
+
+
 def score(options: flags.FlagValues) -> None:
     """Loads the model, runs the tasks, prints and writes their results."""
     tasks = find_tasks(options.tasks)
@@ -65,12 +83,13 @@ def score(options: flags.FlagValues) -> None:
         raise ConfigError("--checkpoint is missing: name a run's workdir, as in --checkpoint runs/quickstart")
     loaded = load_for_inference(options.checkpoint, options.step)
     run, stage = with_flags(options, loaded.run, loaded.stage)
+    check_tokenizers(loaded, stage)
     model = EvalModel(loaded.model, loaded.params)
     folder = Path(options.output) if options.output else loaded.workdir / "evaluations"
     console = Console()
     for task in tasks:
         result = task.from_config(run, stage).run(model)
-        path = folder / f"{loaded.step:08d}.{result.task}.json"
+        path = result_path(folder, f"{loaded.step:08d}.{result.task}", result)
         console.print(result_table(result))
         write_result(result, loaded.summary(), path)
         console.print(f"written to {path}", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt16, UInt32
 
-from mmx_jax.data.errors import StoreError
+from mmx_jax.data.errors import StoreError, TokenizerError
 from mmx_jax.data.shards import SPLITS, token_dtype, write_json
 from mmx_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -224,10 +224,22 @@ def verify(folder: str | Path) -> list[str]:
     return problems
 
 
-def check_store_vocabulary(store: TokenStore, model_vocab_size: int) -> None:
-    """Checks that a model's embedding fits the tokenizer of a store.
+def check_store_vocabulary(store: TokenStore, model_vocab_size: int, trained_with: Tokenizer | None = None) -> None:
+    """Checks that a model fits the tokenizer of a store.
+
+    Args:
+      store: the store.
+      model_vocab_size: rows of the embedding.
+      trained_with: the tokenizer that the model was trained with; None compares sizes only.
 
     Raises:
-      TokenizerError: the sizes do not fit.
+      TokenizerError: the sizes do not fit, or the store has another tokenizer.
     """
-    check_vocabulary(store.manifest.tokenizer["vocab_size"], model_vocab_size, f"the tokenizer of {store.folder}")
+    of_store = store.manifest.tokenizer
+    check_vocabulary(of_store["vocab_size"], model_vocab_size, f"the tokenizer of {store.folder}")
+    if trained_with is not None and trained_with.sha256 != of_store["sha256"]:
+        raise TokenizerError(
+            f"{store.folder}: its tokenizer (SHA-256 {of_store['sha256'][:12]}...) is not the model's "
+            f"({trained_with.file}, {trained_with.sha256[:12]}...): its ids mean other text. Prepare the store again "
+            f"with --tokenizer={trained_with.file}"
+        )

@@ -2,7 +2,7 @@
 
 from mmx_jax.evaluation.held_out import HeldOut
 from mmx_jax.evaluation.model import EvalModel
-from mmx_jax.evaluation.report import result_table, write_result
+from mmx_jax.evaluation.report import result_path, result_table, write_result
 from mmx_jax.evaluation.routing import Routing
 from mmx_jax.evaluation.task import TASKS, Task, TaskResult, find_tasks
 
@@ -14,6 +14,7 @@ __all__ = [
     "Task",
     "TaskResult",
     "find_tasks",
+    "result_path",
     "result_table",
     "write_result",
 ]

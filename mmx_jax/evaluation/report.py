@@ -1,5 +1,6 @@
 """Results for people and for programs: a table, and a file."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,23 @@ def _figure(value: float | int) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
+def result_path(folder: Path, stem: str, result: TaskResult) -> Path:
+    """A name for a result file: the first of stem.json, stem.2.json, ... that is free or holds a result of the same
+    settings, so that figures of other text or lengths stay."""
+    settings = json.loads(json.dumps(result.settings))
+    names = itertools.chain([f"{stem}.json"], (f"{stem}.{number}.json" for number in itertools.count(2)))
+    paths = (folder / name for name in names)
+    return next(path for path in paths if not path.exists() or _settings(path) == settings)
+
+
+def _settings(path: Path) -> Any:
+    """The settings of a result file; None for another kind of file."""
+    try:
+        return json.loads(path.read_bytes())["settings"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def write_result(result: TaskResult, model: Mapping[str, Any], path: Path) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,34 @@ def test_the_command_prints_and_writes(trained, capsys):
     model = dataclasses.replace(run.model, rope_base=500.0)
     direct = HeldOut.from_config(run, run.stages[0]).run(EvalModel(model, params))
     assert written["groups"]["texts"] == pytest.approx(direct.groups["texts"])
+
+
+def test_results_of_other_settings_stay(trained, capsys, tmp_path):
+    """The same settings replace their result, others get another name."""
+    output = f"--output={tmp_path / 'results'}"
+    for tokens in (40, 60, 40):
+        assert command(f"--checkpoint={trained[0]}", f"--max_tokens={tokens}", output) == 0
+    found = {path.name: json.loads(path.read_text())["settings"] for path in (tmp_path / "results").iterdir()}
+    assert {name: settings["max_tokens"] for name, settings in found.items()} == {
+        "00000012.held_out.json": 40, "00000012.held_out.2.json": 60,
+    }  # fmt: skip
+
+
+def test_a_store_of_another_tokenizer_is_refused(trained, tmp_path, capsys):
+    """A vocabulary of the same size is not the same vocabulary."""
+    workdir, run, _ = trained
+    source = Path(run.stages[0].data.sources[0].store)
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    assert command(f"--checkpoint={workdir}", f"--stores=copy={other}", f"--output={tmp_path}") == 0
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stopped:
+        command(f"--checkpoint={workdir}", f"--stores=books={other}", f"--output={tmp_path / 'none'}")
+    assert stopped.value.code == 2
+    assert f"{other}: its tokenizer (SHA-256 000000000000...) is not the model's" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
