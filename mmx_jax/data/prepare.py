@@ -277,6 +277,15 @@ def _define_flags() -> None:
     flags.DEFINE_boolean("verify", False, "Check every file of an existing store against its checksum instead.")
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Reads the flags; an unknown one, or a value that cannot be, ends the program with exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code: 1 for a store that `--verify` finds damaged, 2 for what cannot work."""
     values = flags.FLAGS
@@ -323,4 +332,4 @@ if __name__ == "__main__":
     _define_flags()
     flags.mark_flag_as_required("output")
     logging.basicConfig(format="%(levelname)s %(message)s")
-    app.run(main)
+    app.run(main, flags_parser=_parse)

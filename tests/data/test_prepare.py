@@ -406,10 +406,11 @@ def test_command_line(corpus: Path, store_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "train:" in done.stdout
     assert Manifest.read(tmp_path / "store").license == "PSF"
-    done = subprocess.run([*base, "--inputs=/nowhere/*.txt"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    for wrong in ("--inputs=/nowhere/*.txt", "--inpts=x"):
+        done = subprocess.run([*base, wrong], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
 
 
 def test_impossible_settings() -> None:
