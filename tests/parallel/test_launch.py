@@ -112,7 +112,7 @@ def _free_port() -> int:
 def _attempt(launch: Launch, seconds: float) -> object:
     """What `meet` gives or raises."""
     try:
-        return meet(launch, Member(launch.index, "here", 100 + launch.index), seconds)
+        return meet(launch, Member(launch.index, "here", 100 + launch.index), float(seconds))
     except LaunchError as error:
         return error
 
