@@ -6,6 +6,7 @@ from pathlib import Path
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.errors import ConvertError
 from mmx_jax.convert.hf_config import check_model
+from mmx_jax.convert.loading import differences_from_file
 from mmx_jax.convert.names import expected_tensors, names_sha256, tensor_map
 from mmx_jax.convert.source import SourceFolder
 from mmx_jax.model import parameter_spec
@@ -26,15 +27,21 @@ class Check:
     names_sha256: str
     stored_bytes: int | None = None
     """Bytes of the tensors in a source folder whose names, shapes and dtypes agree; None without one."""
+    differences: tuple[str, ...] = ()
+    """Where the configuration computes something else than the folder's config.json says."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left over on either side."""
+        """Whether nothing is left over on either side, and a folder's config.json agrees."""
+        return self._bijection and not self.differences
+
+    @property
+    def _bijection(self) -> bool:
         return self.tensors == self.expected and self.parameters == self.spec_parameters
 
     def lines(self) -> list[str]:
         """For the shell."""
-        verdict = "every one exactly once" if self.complete else "NOT a bijection"
+        verdict = "every one exactly once" if self._bijection else "NOT a bijection"
         out = [
             f"keys        {self.tensors:,} of {self.expected:,}, sha256 of the sorted names {self.names_sha256}",
             f"parameters  {self.parameters:,} of {self.spec_parameters:,}: {verdict}",
@@ -44,7 +51,7 @@ class Check:
             out.append(f"{label}        {nbytes:,} bytes = {nbytes / 1e9:,.2f} GB = {nbytes / 2**30:,.1f} GiB")
         if self.stored_bytes is not None:
             out.append(f"source      {self.stored_bytes:,} bytes; names, shapes and dtypes agree")
-        return out
+        return out + [f"config.json {line}" for line in self.differences]
 
 
 def check_conversion(config: ModelConfig | None, source: str | Path | None = None) -> Check:
@@ -52,7 +59,7 @@ def check_conversion(config: ModelConfig | None, source: str | Path | None = Non
 
     Args:
       config: the model; None takes the one of `source`.
-      source: folder of published weights; only headers are read.
+      source: folder of published weights; only headers are read. Its config.json is held against `config`.
 
     Raises: ConvertError and its kinds.
     """
@@ -63,6 +70,7 @@ def check_conversion(config: ModelConfig | None, source: str | Path | None = Non
         if folder is None:
             raise ConvertError("nothing to check: needs a configuration, a folder, or both")
         config = folder.config
+    differences = () if folder is None else tuple(differences_from_file(config, folder.path))
     tensors = tensor_map(config)
     elements = {name: _elements(tensor.shape) for name, tensor in tensors.items()}
     stored = None
@@ -75,6 +83,7 @@ def check_conversion(config: ModelConfig | None, source: str | Path | None = Non
         spec_parameters=sum(spec.size for spec in parameter_spec(config).values()),
         names_sha256=names_sha256(tensors),
         stored_bytes=stored,
+        differences=differences,
     )
 
 

@@ -5,7 +5,6 @@ the model's and are never assumed.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ RELEASED_POSITIONS = 10_240_000
 JSON_BYTES = 64 * 2**20
 """More than any configuration has."""
 LARGEST_SIZE = 2**31 - 1
-LARGEST_FLOAT = sys.float_info.max
+LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 SMALLEST_FLOAT32 = 2.0**-126
 SHOWN_CHARACTERS = 120
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+"""Of `rope_parameters`; any other would change the angles."""
 MOST_TENSORS = 300_000
 """Forty times the released model's; more is a mistake in a configuration, and only to list them would take minutes."""
 
@@ -38,6 +39,8 @@ BRANCH_KEYS = (
     ("softmax", "layernorm_full_attention", "full_attn"),
     ("ffn", "layernorm_mlp", "mlp"),
 )
+BIAS_KEYS = ("attention_bias", "qkv_bias", "mlp_bias")
+"""Of related architectures; no linear map of this model has a bias."""
 SIZE_KEYS = (
     ("vocab_size", "vocab_size"),
     ("hidden_size", "hidden_size"),
@@ -78,8 +81,8 @@ class _Reader:
 
     def as_number(self, key: str, value: Any) -> float:
         # Compared, not tested with isfinite: an integer may be too large for a float.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FLOAT:
-            raise self.fail(key, f"is {shown(value)}; it must be a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FLOAT32:
+            raise self.fail(key, f"is {shown(value)}; it must be a number that is finite in fp32")
         return float(value)
 
     def only(self, key: str, *allowed: Any) -> None:
@@ -104,7 +107,7 @@ def _layers(r: _Reader) -> tuple[str, ...]:
         kinds = r.data.get(key)
         if kinds is None:
             continue
-        if not isinstance(kinds, list) or any(not isinstance(k, int | str) or k not in names for k in kinds):
+        if not isinstance(kinds, list) or any(type(k) not in (int, str) or k not in names for k in kinds):
             raise r.fail(key, f"must be a list of {' and '.join(map(repr, names))}")
         readings.append(tuple(names[kind] for kind in kinds))
     if not readings:
@@ -118,12 +121,15 @@ def _layers(r: _Reader) -> tuple[str, ...]:
 
 def _rope(r: _Reader, native: bool, head_dim: int) -> tuple[float, int]:
     """RoPE base and rotary_dim; a native config without rotary_dim rotates all of head_dim, as its own code does."""
-    parameters = r.data.get("rope_parameters") or {}
+    parameters = {} if r.data.get("rope_parameters") is None else r.data["rope_parameters"]
     if not isinstance(parameters, Mapping):
         raise r.fail("rope_parameters", "must be an object")
     r.only("rope_scaling", None)
-    if parameters.get("rope_type", "default") != "default":
-        raise r.fail("rope_parameters", f"rope_type {shown(parameters['rope_type'])}; only 'default' is supported")
+    if unknown := sorted(parameters.keys() - ROPE_KEYS):
+        raise r.fail("rope_parameters", f"has {shown(unknown[0])}; known are {', '.join(sorted(ROPE_KEYS))}")
+    for key in ("rope_type", "type"):  # the newer and the older name
+        if parameters.get(key, "default") != "default":
+            raise r.fail("rope_parameters", f"{key} is {shown(parameters[key])}; only 'default' is supported")
     bases = [
         r.as_number("rope_theta", d["rope_theta"]) for d in (r.data, parameters) if d.get("rope_theta") is not None
     ]
@@ -156,6 +162,7 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
     """
     r = _Reader(data, where)
     kind = r.need("model_type")
+    r.only("quantization_config", None)
     if kind in VISION_TYPES:
         return parse_config(_text_part(r), f"{where}, text_config")
     native = kind == NATIVE_TYPE
@@ -166,11 +173,16 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
     r.only("shared_intermediate_size", 0, [0], None)
     r.only("attention_dropout", 0, None)
     r.only("sliding_window", None)
+    for key in BIAS_KEYS:
+        r.only(key, False, None)
     if native:
         r.only("postnorm", True)
     elif not isinstance(r.need("postnorm"), bool):
         raise r.fail("postnorm", "must be true or false")
     sizes: dict[str, Any] = {ours: r.integer(key) for ours, key in SIZE_KEYS if ours != "head_dim"}
+    if native and sizes["num_heads"] & (sizes["num_heads"] - 1):
+        reason = f"is {sizes['num_heads']}; transformers' decay slopes are the model's for powers of two only"
+        raise r.fail("num_attention_heads", reason)
     head_dim = r.integer("head_dim")
     base, rotary_dim = _rope(r, native, head_dim)
     scales: dict[str, Any] = {}
@@ -178,6 +190,9 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
         for factor in ("alpha", "beta"):
             key = f"{native_key}_{factor}_factor" if native else f"{hub_key}_{factor}"
             scales[f"{branch}_{factor}"] = r.number(key)
+    epsilon = r.number("rms_norm_eps")
+    if not SMALLEST_FLOAT32 <= epsilon < 1:
+        raise r.fail("rms_norm_eps", f"is {epsilon:g}; an epsilon must be positive in fp32 and less than 1")
     ids = end_of_text_ids(data, where)
     try:
         config = ModelConfig(
@@ -188,7 +203,7 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
             rope_base=base,
             rotary_dim=rotary_dim,
             norm="deepnorm" if native or data["postnorm"] else "prenorm",
-            norm_eps=r.number("rms_norm_eps"),
+            norm_eps=epsilon,
             lightning_norm_eps=LIGHTNING_NORM_EPS,
             aux_loss="hub",
             aux_loss_coefficient=r.number("router_aux_loss_coef"),
@@ -201,13 +216,21 @@ def parse_config(data: Mapping[str, Any], where: Path | str = "config.json") -> 
 
 
 def _text_part(r: _Reader) -> dict[str, Any]:
-    """The configuration of the text model inside that of a vision model."""
+    """The configuration of the text model inside that of a vision model, which may name the end of text itself."""
     text = r.need("text_config")
     if not isinstance(text, Mapping):
         raise r.fail("text_config", "must be an object")
     if text.get("model_type", HUB_TYPES[0]) in VISION_TYPES:
         raise r.fail("text_config", "is a vision model again; it must be the text model")
-    return {"model_type": HUB_TYPES[0]} | dict(text)
+    text = {"model_type": HUB_TYPES[0]} | dict(text)
+    outer, inner = r.data.get("eos_token_id"), text.get("eos_token_id")
+    if None not in (outer, inner) and _as_list(outer) != _as_list(inner):
+        raise r.fail("eos_token_id", f"is {shown(outer)}, but text_config says {shown(inner)}")
+    return text | {"eos_token_id": inner if outer is None else outer}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def end_of_text_ids(data: Mapping[str, Any], where: Path | str) -> tuple[int, ...]:
@@ -219,14 +242,24 @@ def end_of_text_ids(data: Mapping[str, Any], where: Path | str) -> tuple[int, ..
     if data.get("model_type") in VISION_TYPES:
         r = _Reader(_text_part(r), f"{where}, text_config")
     found = r.data.get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    ids = [] if found is None else _as_list(found)
     if any(type(token) is not int or not 0 <= token <= LARGEST_SIZE for token in ids):
         raise r.fail("eos_token_id", f"is {shown(found)}; it must be an id or a list of ids")
     return tuple(dict.fromkeys(ids))
 
 
+def buffer_block(data: Mapping[str, Any], where: Path | str) -> int | None:
+    """Tokens of a block in the decay buffers that transformers keeps beside such a model; None where there are none.
+
+    Raises: ConfigSchemaError.
+    """
+    if data.get("model_type") != NATIVE_TYPE:
+        return None
+    return NATIVE_BLOCK if data.get("block_size") is None else _Reader(data, where).integer("block_size")
+
+
 def check_model(config: ModelConfig, where: Path | str) -> None:
-    """Checks what must hold before the tensors of a model are listed: their number, and factors that silence no branch.
+    """Checks what must hold before the tensors of a model are listed: their number, and factors that leave them a part.
 
     Raises: ConfigSchemaError naming the field.
     """
@@ -236,15 +269,21 @@ def check_model(config: ModelConfig, where: Path | str) -> None:
             where, "num_local_experts", f"{reason}, more than the {MOST_TENSORS:,} that are supported"
         )
     for field in ("norm_eps", "lightning_norm_eps"):
-        if not SMALLEST_FLOAT32 <= getattr(config, field) < 1:
-            reason = f"is {getattr(config, field):g}; an epsilon must be positive in fp32 and less than 1"
-            raise ConfigSchemaError(where, "rms_norm_eps" if field == "norm_eps" else field, reason)
-    for branch, _, _ in BRANCH_KEYS:
-        factors = {"alpha": config.alpha(branch), "beta": getattr(config, f"{branch}_beta")}
-        for name, value in factors.items():
-            if not value >= SMALLEST_FLOAT32:
-                reason = f"is {value:g}; a factor of the residual or of its branch must be positive"
-                raise ConfigSchemaError(where, f"{branch}_{name}", reason)
+        if not getattr(config, field) < 1:
+            raise ConfigSchemaError(where, field, f"is {getattr(config, field):g}; an epsilon must be less than 1")
+    for field in (f"{branch}_beta" for branch, _, _ in BRANCH_KEYS):
+        if not SMALLEST_FLOAT32 <= getattr(config, field) <= LARGEST_FLOAT32:
+            reason = f"is {getattr(config, field):g}; the factor of a branch must be positive and finite in fp32"
+            raise ConfigSchemaError(where, field, reason)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no key is given twice: another reader may take the other value."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return data
 
 
 def _expressible(config: ModelConfig, native: bool) -> None:
@@ -327,7 +366,7 @@ def config_json(config: ModelConfig, form: str, dtype: str = "bfloat16") -> dict
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """A JSON object. Raises: ConfigSchemaError naming the file it came from."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ConfigSchemaError(path, "file", f"cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):

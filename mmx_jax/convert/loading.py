@@ -1,6 +1,7 @@
 """safetensors straight into sharded arrays on any mesh: no second copy on disk, each process reads only its rows."""
 
 import math
+import os
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ Box = tuple[tuple[int, int], ...]
 
 def differences_from_file(config: ModelConfig, folder: Path) -> list[str]:
     """Fields in which a configuration computes something else than the folder's own config.json says."""
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.lexists(folder / CONFIG_FILE):
         return []
     theirs = read_config(folder)
     lines = []

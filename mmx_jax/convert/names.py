@@ -144,12 +144,18 @@ def text_names(names: Iterable[str]) -> dict[str, str]:
     """The text model's tensors among the names in a folder: our name -> the name there.
 
     MiniMax-VL-01's prefix is taken off and its vision tensors are left out, as are transformers' decay buffers.
+    Raises: ConvertError for one tensor that is there with and without the prefix.
     """
     names = list(names)
     prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in names) else ""
     if prefix:
         names = [name for name in names if not VISION_TENSORS.match(name)]
-    found = {name.removeprefix(prefix) if name.startswith(prefix) else name: name for name in names}
+    found: dict[str, str] = {}
+    for name in names:
+        ours = name.removeprefix(prefix)
+        if ours in found:
+            raise ConvertError(f"{found[ours]!r} and {name!r} are both there; only one of them can be the model's")
+        found[ours] = name
     return {ours: theirs for ours, theirs in found.items() if not DECAY_BUFFERS.match(ours)}
 
 

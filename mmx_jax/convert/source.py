@@ -1,6 +1,7 @@
 """A folder of published weights, checked against its own config.json before a byte of data is read."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import ConfigSchemaError, WeightsFileError, WeightsMismatchError
+from mmx_jax.config import LIGHTNING, ModelConfig
+from mmx_jax.convert.errors import ConfigSchemaError, ConvertError, WeightsFileError, WeightsMismatchError
 from mmx_jax.convert.files import read_bounded
-from mmx_jax.convert.hf_config import end_of_text_ids, parse_config, read_json
-from mmx_jax.convert.names import TensorSlice, tensor_map, text_names
+from mmx_jax.convert.hf_config import NATIVE_TYPE, buffer_block, end_of_text_ids, parse_config, read_json
+from mmx_jax.convert.names import DECAY_BUFFERS, TEXT_PREFIX, TensorSlice, tensor_map, text_names
 from mmx_jax.convert.safetensors import StoredTensor, read_folder
 from mmx_jax.data import Tokenizer, TokenizerError, load_tokenizer
 from mmx_jax.data.tokenizer import FILE_NAMES
@@ -41,12 +42,58 @@ _BITS: dict[np.dtype, tuple[Any, int, int]] = {
 }
 
 
-def match_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, where: Path) -> dict[str, StoredTensor]:
-    """The stored tensors under our names, exactly those of the model.
+def _dtype_problem(tensor: StoredTensor) -> list[str]:
+    """What is wrong with the dtype of a tensor, if anything is."""
+    try:
+        _ = tensor.dtype
+    except WeightsFileError as error:
+        return [str(error)]
+    return []
 
-    Raises: WeightsMismatchError naming what is missing, unexpected, of another shape or of a dtype that is no float.
+
+def _buffer_differences(stored: Mapping[str, StoredTensor], config: ModelConfig, block: int | None) -> list[str]:
+    """What is wrong with the decay buffers, which are left out only where transformers would have written them.
+
+    Args:
+      stored: all tensors of a folder.
+      config: the model.
+      block: tokens of a block in the buffers (`buffer_block`); None where there must be none.
     """
-    names = text_names(stored)
+    lightning = {str(number) for number, kind in enumerate(config.layers) if kind == LIGHTNING}
+    lines = []
+    for name, tensor in stored.items():
+        ours = name.removeprefix(TEXT_PREFIX)
+        if not (match := DECAY_BUFFERS.match(ours)):
+            continue
+        layer, reason = ours.split(".")[2], None
+        if block is None:
+            reason = "unexpected; only the transformers format has decay buffers"
+        elif layer not in lightning:
+            reason = f"unexpected; layer {layer} is no lightning layer of the model"
+        elif tensor.shape != (shape := _buffer_shape(match[1], config.num_heads, block)):
+            reason = f"shape {list(tensor.shape)}, the configuration gives {list(shape)}"
+        lines += _dtype_problem(tensor) if reason is None else [f"{name} in {tensor.file.name}: {reason}"]
+    return lines
+
+
+def _buffer_shape(kind: str, heads: int, block: int) -> tuple[int, ...]:
+    if kind == "diagonal_decay":
+        return 1, heads, block, block
+    return heads, 1 if kind == "slope_rate" else block, 1
+
+
+def match_tensors(
+    stored: Mapping[str, StoredTensor], config: ModelConfig, where: Path, block: int | None = None
+) -> dict[str, StoredTensor]:
+    """The stored tensors under our names, exactly those of the model and, with `block`, transformers' decay buffers.
+
+    Raises: WeightsMismatchError naming what is missing, unexpected, there twice, of another shape or of a dtype that is
+      no float.
+    """
+    try:
+        names = text_names(stored)
+    except ConvertError as error:
+        raise WeightsMismatchError(where, [str(error)]) from error
     wanted = tensor_map(config)
     differences = [f"{name}: missing" for name in wanted if name not in names]
     differences += [
@@ -60,10 +107,8 @@ def match_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, where
             reason = f"shape {list(found.shape)}, the configuration gives {list(tensor.shape)}"
             differences.append(f"{found.name} in {found.file.name}: {reason}")
         else:
-            try:
-                _ = found.dtype
-            except WeightsFileError as error:
-                differences.append(str(error))
+            differences += _dtype_problem(found)
+    differences += _buffer_differences(stored, config, block)
     if differences:
         raise WeightsMismatchError(where, differences)
     return {name: stored[names[name]] for name in wanted}
@@ -75,7 +120,7 @@ def read_end_ids(folder: Path) -> tuple[int, ...]:
     Raises: ConfigSchemaError.
     """
     for name in (GENERATION_FILE, CONFIG_FILE):
-        if (folder / name).exists() and (ids := end_of_text_ids(read_json(folder / name), folder / name)):
+        if os.path.lexists(folder / name) and (ids := end_of_text_ids(read_json(folder / name), folder / name)):
             return ids
     return ()
 
@@ -83,8 +128,11 @@ def read_end_ids(folder: Path) -> tuple[int, ...]:
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer among a folder's files; None where there is none.
 
-    Raises: WeightsFileError for one that cannot be used.
+    Raises: WeightsFileError for one that cannot be used, and for a link to nothing in the place of a file.
     """
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(folder / name) and not (folder / name).exists():
+            raise WeightsFileError(folder / name, "is a link to nothing; mend it, or remove it")
     if not any((folder / name).exists() for name in FILE_NAMES):
         return None
     try:
@@ -101,7 +149,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's config.json, generation_config.json and tokenizer describe.
 
-    Raises: ConfigSchemaError; WeightsFileError for a tokenizer that cannot be read.
+    Raises: ConfigSchemaError; WeightsFileError for a tokenizer that cannot be read or is not this model's.
     """
     config = parse_config(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     ids = read_end_ids(folder)
@@ -111,8 +159,15 @@ def read_config(folder: Path) -> ModelConfig:
     end = ids[0] if ids else None
     trained = config.trained_vocab_size
     if tokenizer := read_tokenizer(folder):
+        trained = tokenizer.vocab_size
+        if trained > config.vocab_size:
+            reason = f"has {trained} ids, the model's vocab_size is {config.vocab_size}"
+            raise WeightsFileError(tokenizer.file, f"{reason}; it is not this model's tokenizer")
+        if beyond := [token for token in ids if token >= trained]:
+            reason = f"has {trained} ids, so id {beyond[0]}, at which generation ends, would never be sampled"
+            advice = f"; keep only the one of {' and '.join(FILE_NAMES)} that has it, or correct eos_token_id"
+            raise WeightsFileError(tokenizer.file, reason + advice)
         end = tokenizer.end_of_text_id if end is None else end
-        trained = min(tokenizer.vocab_size, config.vocab_size)
     return dataclasses.replace(config, end_of_text_id=end, trained_vocab_size=trained)
 
 
@@ -132,7 +187,10 @@ class SourceFolder:
         stored = read_folder(self.path)
         self.config = read_config(self.path) if config is None else config
         self.tensors: dict[str, TensorSlice] = tensor_map(self.config)
-        self.stored = match_tensors(stored, self.config, self.path)
+        # Without a config.json the caller vouches for the model: its buffers may be there as transformers makes them.
+        file = self.path / CONFIG_FILE
+        data = read_json(file) if os.path.lexists(file) else {"model_type": NATIVE_TYPE}
+        self.stored = match_tensors(stored, self.config, self.path, buffer_block(data, file))
 
     def dtype(self, name: str) -> np.dtype:
         """Stored dtype of a tensor."""
@@ -179,7 +237,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     """
     files = {}
     for name in (*TOKENIZER_FILES, GENERATION_FILE):
-        if not (folder / name).exists():
+        if not os.path.lexists(folder / name):
             continue
         try:
             files[name] = read_bounded(folder / name, COMPANION_BYTES)

@@ -4,6 +4,7 @@ A model's own Jinja template is used when its tokenizer files have one; MiniMax-
 """
 
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,10 +149,10 @@ class ChatTemplate:
         """
         folder = Path(folder)
         file = folder / "chat_template.jinja"
-        if file.exists():
+        if os.path.lexists(file):
             return cls._from_file(file, _read_text(file))
         config = folder / "tokenizer_config.json"
-        if not config.exists():
+        if not os.path.lexists(config):
             return cls()
         try:
             description = json.loads(_read_text(config))

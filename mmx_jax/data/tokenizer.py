@@ -203,16 +203,26 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> Tokenize
 def _configured_end_of_text(path: Path) -> str | None:
     """eos_token of a tokenizer_config.json, which is a string or an object with the field "content"."""
     try:
-        name = json.loads(path.read_bytes()).get("eos_token")
+        description = json.loads(path.read_bytes())
+        if not isinstance(description, dict):
+            raise ValueError("it must hold one JSON object")
+        name = description.get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
         if not isinstance(name, str | None):
-            raise TypeError(f"eos_token is {name!r}")
-    except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"eos_token is {name!r}; it must be a text")
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(
             f"{path}: no tokenizer configuration ({error}); mend it, or delete it and name the end of text in "
             "tokenizer.end_of_text"
         ) from error
     return name
+
+
+def _adds_space(letter: list[str], path: Path) -> bool:
+    """Whether a space comes before the first letter of a text, by the pieces of the text "a"."""
+    if not letter:
+        raise TokenizerError(f"{path}: has no piece for the letter 'a', so text is lost; take a tokenizer for all text")
+    return letter[0].startswith(SPACE_MARK)
 
 
 def _load_sentencepiece(path: Path, end_of_text: str | None) -> Tokenizer:
@@ -238,7 +248,7 @@ def _load_sentencepiece(path: Path, end_of_text: str | None) -> Tokenizer:
         eos = eos if processor.IdToPiece(eos) == end_of_text else -1
     if eos < 0:
         raise TokenizerError(f"{path}: has no end-of-text piece {end_of_text or ''}; name one in tokenizer.end_of_text")
-    prefix_space = processor.EncodeAsPieces("a")[0].startswith(SPACE_MARK)
+    prefix_space = _adds_space(processor.EncodeAsPieces("a"), path)
     # SentencePiece writes a space as U+2581 and so cannot tell the two apart; the mark itself goes in as bytes.
     mark = [processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
     spell_mark = all(processor.IsByte(token) for token in mark) and not prefix_space
@@ -311,7 +321,7 @@ def _load_json(path: Path, end_of_text: str | None) -> Tokenizer:
         backend.encode_special_tokens = not special
         return backend.encode(text, add_special_tokens=False).ids
 
-    prefix_space = backend.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE_MARK)
+    prefix_space = _adds_space(backend.encode("a", add_special_tokens=False).tokens, path)
     return Tokenizer(
         file=path,
         encode=encode,

@@ -54,10 +54,15 @@ def scale_shape(spec: ParamSpec) -> tuple[int, ...]:
 
 
 def quantize_rows(rows: Float[np.ndarray, "out in"]) -> tuple[Int8[np.ndarray, "out in"], Float[np.ndarray, "out 1"]]:
-    """int8 values and fp32 scales of a stored matrix, symmetric, one scale a row; an all-zero row has scale 0."""
+    """int8 values and fp32 scales of a stored matrix, symmetric, one scale a row.
+
+    A row whose scale would not be a normal number is one of zeros with scale 0: a subnormal scale is too coarse to keep
+    its values within `LEVELS`, and accelerators read it as 0.
+    """
     rows = np.asarray(rows, np.float32)
     scale = np.abs(rows).max(axis=1, keepdims=True) / LEVELS
-    return np.rint(rows / np.where(scale > 0, scale, 1)).astype(np.int8), scale
+    normal = scale >= np.finfo(np.float32).tiny
+    return np.rint(rows / np.where(normal, scale, np.inf)).astype(np.int8), np.where(normal, scale, 0)
 
 
 def abstract_quantized_params(config: ModelConfig, dtypes: dict[str, Any]) -> dict[str, Any]:

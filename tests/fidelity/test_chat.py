@@ -205,6 +205,13 @@ def test_bad_template_files_name_themselves(name, content, words, tmp_path):
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_link_to_nothing_is_not_absent(name, tmp_path):
+    (tmp_path / name).symlink_to("nothing")
+    with pytest.raises(ChatError, match=rf"{name}: is no regular file"):
+        ChatTemplate.from_folder(tmp_path)
+
+
 def test_the_default_of_several_templates(tmp_path):
     several = [{"name": "tool", "template": "x"}, {"name": "default", "template": "{{ messages[0].content }}"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))

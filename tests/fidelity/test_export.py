@@ -100,7 +100,8 @@ def test_a_tokenizer_that_is_named_must_be_one(tmp_path):
 
 
 @pytest.mark.parametrize(("description", "words"), [
-    ("{", "JSONDecodeError"), ("[1]", "cannot be read"), ('{"eos_token": {"content": [1]}}', "tokenizer"),
+    ("{", "Expecting property name"), ("[1]", "one JSON object"), ('{"eos_token": 5}', "eos_token is 5; it must be"),
+    ('{"eos_token": {"content": [1]}}', r"eos_token is \[1\]"),
 ])  # fmt: skip
 def test_broken_tokenizer_descriptions(description, words, tmp_path):
     source, _ = tiny_folder(tmp_path / "source", shards=1)

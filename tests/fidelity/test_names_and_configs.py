@@ -9,7 +9,7 @@ import pytest
 from configs import minimax_text_01
 from mmx_jax.config import SOFTMAX, hybrid_layers
 from mmx_jax.convert import ConfigSchemaError, ConvertError, check_conversion, config_json, parse_config
-from mmx_jax.convert.hf_config import FORMATS
+from mmx_jax.convert.hf_config import FORMATS, end_of_text_ids, read_json
 from mmx_jax.convert.names import decay_buffers, names_sha256, tensor_map, text_names, transpose
 from tests.fidelity.common import hub_config, native_config
 from tests.oracle.weights import CASES
@@ -101,7 +101,7 @@ def test_fused_layout():
 
 
 def test_row_ranges_are_parts_of_the_whole():
-    config = parse_config(hub_config())
+    config = parse_config(hub_config(vocab_size=60))
     rng = np.random.default_rng(0)
     for name in ("model.layers.0.self_attn.qkv_proj.weight", "lm_head.weight", "model.embed_tokens.weight",
                  "model.layers.3.self_attn.o_proj.weight", "model.layers.0.self_attn.norm.weight"):  # fmt: skip
@@ -195,6 +195,18 @@ def test_no_default_is_assumed(key):
     ({"partial_rotary_factor": 1.0}, "rotary_dim"),
     ({"num_key_value_heads": 3}, "num_kv_heads"),
     ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+    ({"rope_parameters": {"type": "yarn"}}, "rope_parameters: type"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rope_type"),
+    ({"rope_parameters": {"rope_type": None}}, "rope_parameters: rope_type"),
+    ({"rope_parameters": {"factor": 4.0}}, 'rope_parameters: has "factor"'),
+    ({"rope_parameters": []}, "rope_parameters: must be an object"),
+    ({"attn_type_list": [False, False, False, True]}, "attn_type_list"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"qkv_bias": True}, "qkv_bias"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ({"rope_theta": 1e308}, "rope_theta"),
+    ({"layernorm_mlp_alpha": 1e39}, "layernorm_mlp_alpha"),
+    ({"layernorm_linear_attention_beta": 1e39}, "layernorm_linear_attention_beta"),
     ({"partial_rotary_factor": 1e308}, "partial_rotary_factor"),
     ({"rms_norm_eps": 0}, "rms_norm_eps"),
     ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
@@ -211,10 +223,41 @@ def test_no_default_is_assumed(key):
     ({"eos_token_id": -1}, "eos_token_id"),
     ({"eos_token_id": 61}, "end_of_text_id"),
     ({"model_type": "minimax_vl_01", "text_config": {"model_type": "minimax_vl_01"}}, "text_config"),
+    ({"model_type": "minimax_vl_01", "text_config": {"eos_token_id": 5}, "eos_token_id": [5, 6]}, "eos_token_id"),
+    ({"model_type": "minimax_vl_01", "text_config": {}, "quantization_config": {}}, "quantization_config"),
 ])  # fmt: skip
 def test_contradictions_name_the_key(changes, named):
     with pytest.raises(ConfigSchemaError, match=named):
         parse_config(hub_config(**changes))
+
+
+@pytest.mark.parametrize(("outer", "inner", "ids"), [
+    (5, None, (5,)), (None, 6, (6,)), (5, [5], (5,)), ([5, 6], [5, 6], (5, 6)),
+])  # fmt: skip
+def test_a_vision_model_may_name_the_end_of_text_itself(outer, inner, ids):
+    """INV-42: ids outside text_config count as well."""
+    data = {"model_type": "minimax_vl_01", "text_config": hub_config(eos_token_id=inner), "eos_token_id": outer}
+    assert end_of_text_ids(data, "config.json") == ids
+    assert parse_config(data).end_of_text_id == ids[0]
+
+
+def test_slopes_that_transformers_has_not_are_refused():
+    """INV-09: for other head counts its own code computes other slopes; the hub's code computes ours."""
+    with pytest.raises(ConfigSchemaError, match="num_attention_heads: is 6"):
+        parse_config(native_config(num_attention_heads=6))
+    assert parse_config(hub_config(num_attention_heads=12)).num_heads == 12
+
+
+def test_keys_that_appear_twice_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": {"b": 1, "rope_theta": 1, "rope_theta": 2}}')
+    with pytest.raises(ConfigSchemaError, match=r"config\.json.*'rope_theta' appears twice"):
+        read_json(tmp_path / "config.json")
+
+
+def test_one_tensor_with_and_without_its_prefix():
+    names = ["language_model.lm_head.weight", "language_model.model.norm.weight", "lm_head.weight"]
+    with pytest.raises(ConvertError, match=r"'language_model\.lm_head\.weight' and 'lm_head\.weight'"):
+        text_names(names)
 
 
 @pytest.mark.parametrize(("changes", "form"), [
@@ -228,11 +271,12 @@ def test_what_a_schema_cannot_say_is_refused(changes, form):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("changes", [{"norm_eps": 0.0}, {"ffn_alpha": 0.0}, {"num_experts": 5_000_000}])
+@pytest.mark.parametrize("changes", [{"norm_eps": 1.0}, {"num_experts": 5_000_000}, {"ffn_beta": 0.0},
+                                     {"softmax_beta": 1e300}])  # fmt: skip
 def test_check_refuses_models_that_cannot_be(changes):
     """The same limits hold for a configuration that no config.json was read for."""
     config = dataclasses.replace(parse_config(hub_config()), **changes)
-    with pytest.raises(ConfigSchemaError, match=r"rms_norm_eps|ffn_alpha|num_local_experts"):
+    with pytest.raises(ConfigSchemaError, match=r": (norm_eps|num_local_experts|ffn_beta|softmax_beta): "):
         check_conversion(config)
 
 

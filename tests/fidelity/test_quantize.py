@@ -105,3 +105,13 @@ def test_rows_of_zeros():
     values, scale = quantize_rows(np.array([[0.0, 0.0], [1.0, -0.5]], np.float32))
     np.testing.assert_array_equal(values, [[0, 0], [127, -64]])
     np.testing.assert_array_equal(scale, np.array([[0], [1 / 127]], np.float32))
+
+
+def test_rows_whose_scale_is_subnormal():
+    """Such rows are zeros: at 127 levels their values would wrap to the other sign."""
+    tiny = float(np.finfo(np.float32).tiny)
+    largest = np.array([[2.0**-149], [200 * 2.0**-149], [tiny], [126 * tiny], [128 * tiny], [3e38]], np.float32)
+    values, scale = quantize_rows(largest * np.array([[1, -1, 0.5]], np.float32))
+    np.testing.assert_array_equal(values[:, 0], [0, 0, 0, 0, 127, 127])
+    np.testing.assert_array_equal(values[:, 1], -values[:, 0])
+    np.testing.assert_array_equal(scale[:, 0] > 0, values[:, 0] > 0)
