@@ -92,7 +92,7 @@ class ArrayRecord:
         """TensorStore spec: zarr 3, no compression, every chunk stored (zeros too), a missing chunk is an error."""
         return {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{step_folder / ARRAYS_FOLDER / self.folder}/"},
+            "kvstore": {"driver": "file", "path": f"{plain_path(step_folder) / ARRAYS_FOLDER / self.folder}/"},
             "metadata": {
                 "shape": list(self.shape),
                 "data_type": self.dtype,
@@ -103,6 +103,20 @@ class ArrayRecord:
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
         }
+
+
+def plain_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of the same place without links and without "..", which TensorStore takes for damage."""
+    return Path(os.path.realpath(path))
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path is UTF-8: TensorStore and JSON files hold no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def chunk_shape(shard: Index, itemsize: int, limit: int = CHUNK_BYTES) -> Index:

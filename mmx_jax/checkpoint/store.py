@@ -95,7 +95,9 @@ class CheckpointStore:
         if re.match(r"\w+://", os.fspath(folder)):
             reason = "object stores are not supported; mount the bucket and name the mounted folder"
             raise CheckpointError(Path(folder), reason)
-        self.folder = Path(folder).absolute()
+        self.folder = layout.plain_path(folder)
+        if not layout.is_utf8(self.folder):
+            raise CheckpointError(self.folder, "its path is not UTF-8, which TensorStore needs; rename it")
         self._asynchronous = asynchronous
         self._on_saved = on_saved
         self._alone = alone or jax.process_count() == 1

@@ -11,7 +11,7 @@ from mmx_jax.convert.errors import ConvertError
 from mmx_jax.convert.names import tensor_map, text_names
 from mmx_jax.convert.safetensors import StoredTensor, read_folder
 from mmx_jax.convert.source import CONFIG_FILE
-from mmx_jax.convert.stored import StoredWeights
+from mmx_jax.convert.stored import StoredWeights, locate
 
 ROWS_BYTES = 32 * 2**20
 TINY = 1e-300
@@ -56,8 +56,9 @@ def _open(path: str | Path) -> _Folder | _Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise ConvertError(f"{path}: no such folder")
+    # Steps first: the workdir of a training run has a config.json of its own.
     published = (path / CONFIG_FILE).is_file() or any(path.glob("*.safetensors"))
-    return _Folder(path) if published else _Checkpoint(path)
+    return _Folder(path) if published and locate(path) is None else _Checkpoint(path)
 
 
 def compare_weights(first: str | Path, second: str | Path) -> Iterator[TensorDifference]:

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from mmx_jax.checkpoint.store import step_folder_name
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import ConvertError
+from mmx_jax.convert.errors import ConfigSchemaError, ConvertError
 from mmx_jax.convert.files import new_output
 from mmx_jax.convert.hf_config import FORMATS, NATIVE_BLOCK, config_json, end_of_text_ids, parse_json
 from mmx_jax.convert.importing import DTYPES, PIECE_BYTES, workers
 from mmx_jax.convert.names import decay_buffers
 from mmx_jax.convert.progress import ByteProgress
-from mmx_jax.convert.safetensors import INDEX_FILE, SINGLE_FILE, PlannedTensor, create_file
-from mmx_jax.convert.source import CONFIG_FILE, GENERATION_FILE, read_companions, read_tokenizer
+from mmx_jax.convert.safetensors import INDEX_FILE, NAMES, SINGLE_FILE, PlannedTensor, StoredTensor, create_file
+from mmx_jax.convert.source import CONFIG_FILE, GENERATION_FILE, check_finite, read_companions, read_tokenizer
 from mmx_jax.convert.stored import StoredWeights
 from mmx_jax.data.tokenizer import FILE_NAMES
 
@@ -76,16 +77,24 @@ class _Export:
         self.shards = _plan(tensors, max_shard)
         sizes = [_nbytes(entry) for shard in self.shards for entry in shard.tensors]
         self.nbytes = sum(sizes)
-        self.workers = workers(3 * min(max(sizes), PIECE_BYTES))
+        self.workers = workers(3 * max(self._piece_bytes(entry) for shard in self.shards for entry in shard.tensors))
+
+    def _piece_rows(self, name: str, dtype: np.dtype) -> int:
+        tensor = self.weights.tensors[name]
+        itemsize = max(dtype.itemsize, self.weights.dtype(name).itemsize)
+        return tensor.units_per_piece(itemsize, PIECE_BYTES) * tensor.rows_per_unit
+
+    def _piece_bytes(self, entry: tuple[str, np.dtype, tuple[int, ...]]) -> int:
+        name, dtype, shape = entry
+        rows = shape[0] if name in self.buffers else self._piece_rows(name, dtype)
+        return _nbytes(entry) // shape[0] * rows
 
     def pieces(self, planned: PlannedTensor) -> Iterator[tuple[int, int]]:
         """Row ranges of a tensor that fit in `PIECE_BYTES` and meet the unit of its parameter."""
         if planned.name in self.buffers:
             yield 0, planned.shape[0]
             return
-        tensor = self.weights.tensors[planned.name]
-        itemsize = max(planned.dtype.itemsize, self.weights.dtype(planned.name).itemsize)
-        rows = tensor.units_per_piece(itemsize, PIECE_BYTES) * tensor.rows_per_unit
+        rows = self._piece_rows(planned.name, planned.dtype)
         for start in range(0, planned.shape[0], rows):
             yield start, start + rows
 
@@ -111,11 +120,18 @@ class _Export:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
 
+    def _stored(self, planned: PlannedTensor) -> StoredTensor:
+        """A tensor by the names that an error needs."""
+        step = self.weights.folder / step_folder_name(self.weights.step)
+        return StoredTensor(planned.name, step, NAMES[self.weights.dtype(planned.name)], planned.shape, 0)
+
     def _piece(self, handle: int, planned: PlannedTensor, start: int, stop: int) -> int:
         if planned.name in self.buffers:
             rows = self.buffers[planned.name][start:stop]
         else:
-            rows = self.weights.read_rows(planned.name, start, stop).astype(planned.dtype, copy=False)
+            rows = self.weights.read_rows(planned.name, start, stop)
+            check_finite(self._stored(planned), rows, start, planned.dtype)
+            rows = rows.astype(planned.dtype, copy=False)
         data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         position = planned.offset + start * (planned.nbytes // planned.shape[0])
         done = 0
@@ -174,12 +190,18 @@ def export_weights(
         raise ConvertError(f"format {form!r}; known are {', '.join(FORMATS)}")
     output, partial = new_output(output)
     weights = StoredWeights(checkpoint, step)
-    place = weights.folder.parent if tokenizer is None else Path(tokenizer)
+    own = weights.folder.parent
+    place = own if tokenizer is None else Path(tokenizer)
     files = _companions(weights.config, place, needed=tokenizer is not None)
-    generation = _generation_config(files.pop(GENERATION_FILE, None), place / GENERATION_FILE, weights.config)
+    # Where generation ends came with the weights; another tokenizer folder is asked only when they brought nothing.
+    known, where = files.pop(GENERATION_FILE, None), place / GENERATION_FILE
+    if (own / GENERATION_FILE).exists():
+        known, where = read_companions(own)[GENERATION_FILE], own / GENERATION_FILE
+    generation = _generation_config(known, where, weights.config)
     job = _Export(weights, form, dtype, max_shard)
     kinds = {str(kind) for shard in job.shards for name, kind, _ in shard.tensors if name in weights.tensors}
     config = config_json(weights.config, form, kinds.pop() if len(kinds) == 1 else "float32")
+    config |= weights.metadata.get("source", {}).get("config", {})
     config["eos_token_id"] = generation.get("eos_token_id")
     files[CONFIG_FILE] = _json_bytes(config)
     files[GENERATION_FILE] = _json_bytes(generation)
@@ -226,6 +248,15 @@ def _companions(config: ModelConfig, place: Path, *, needed: bool) -> dict[str, 
     return read_companions(place)
 
 
+def _suppressed(data: dict[str, Any], where: Path) -> list[int]:
+    """The ids that the model's own generation config forbids. Raises: ConfigSchemaError for what is no list of ids."""
+    found = data.get("suppress_tokens")
+    ids = [] if found is None else found
+    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
+        raise ConfigSchemaError(where, "suppress_tokens", f"is {str(found)[:80]}; it must be a list of ids")
+    return ids
+
+
 def _generation_config(known: bytes | None, where: Path, config: ModelConfig) -> dict[str, Any]:
     """Where generation ends (INV-42) and which ids it must not choose (INV-41); keys that came with the model stay.
 
@@ -240,5 +271,6 @@ def _generation_config(known: bytes | None, where: Path, config: ModelConfig) ->
         if end not in ids and ids:
             logging.warning("%s: generation ends at %s; the model's own id, %d, is exported", where, list(ids), end)
     if config.trained_vocab_size is not None and config.trained_vocab_size < config.vocab_size:
-        data["suppress_tokens"] = list(range(config.trained_vocab_size, config.vocab_size))
+        untrained = range(config.trained_vocab_size, config.vocab_size)
+        data["suppress_tokens"] = sorted({*_suppressed(data, where), *untrained})
     return {"use_cache": True} | data

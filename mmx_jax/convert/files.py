@@ -7,6 +7,8 @@ import uuid
 from io import FileIO
 from pathlib import Path
 
+from mmx_jax.checkpoint import layout
+from mmx_jax.checkpoint.store import is_complete, step_folder_name, steps_on_disk
 from mmx_jax.convert.errors import ConvertError
 
 NAME_BYTES = 255
@@ -52,12 +54,31 @@ def is_plain_name(name: object) -> bool:
         return False
 
 
+def _holds_steps(folder: Path) -> bool:
+    try:
+        return any(is_complete(folder / step_folder_name(step)) for step in steps_on_disk(folder))
+    except OSError:  # above our own folders there may be some that we cannot list
+        return False
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes in words, three digits or more: "912 GB", "1.50 MB"."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.9995 * scale:
+            return f"{nbytes / scale:.{2 if nbytes < 9.995 * scale else 1 if nbytes < 99.95 * scale else 0}f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def new_output(path: str | Path) -> tuple[Path, Path]:
     """Where a result will be, and a name beside it that nobody has, where it is written first.
 
-    Raises: ConvertError when there is something already, even a link to nothing.
+    Raises: ConvertError when there is something already, even a link to nothing, or when a parent holds checkpoints.
     """
     output = Path(path).absolute()
     if os.path.lexists(output):
         raise ConvertError(f"{output} is there already; choose another name, or remove it")
+    place = layout.plain_path(output.parent)
+    for folder in (place, *place.parents):
+        if _holds_steps(folder):
+            raise ConvertError(f"{output}: {folder} holds checkpoints, and nothing else belongs there")
     return output, output.with_name(f"{output.name}.{uuid.uuid4().hex[:12]}.partial")

@@ -37,11 +37,14 @@ from mmx_jax.config import (
     to_dict,
 )
 from mmx_jax.convert.errors import ConvertError, WeightsFileError
+from mmx_jax.convert.files import size_text
+from mmx_jax.convert.hf_config import read_json
 from mmx_jax.convert.journal import JOURNAL, Chunk, Journal, kept_chunks
 from mmx_jax.convert.names import TensorSlice
 from mmx_jax.convert.progress import ByteProgress
-from mmx_jax.convert.source import SourceFolder, check_finite
-from mmx_jax.convert.stored import CHECKPOINTS
+from mmx_jax.convert.safetensors import fingerprint
+from mmx_jax.convert.source import CONFIG_FILE, SourceFolder, check_finite
+from mmx_jax.convert.stored import CHECKPOINTS, kept_values
 from mmx_jax.convert.workdir import STEP, TEMPORARY, companions, refuse_used, write_companions
 from mmx_jax.model import parameter_spec
 from mmx_jax.model.quantize import is_quantizable, quantize_rows, scale_shape
@@ -132,9 +135,8 @@ class _Import:
         self.checksums: dict[str, layout.Checksums] = {name: {} for name in self.records}
         self.workers = workers(max(p.working_bytes(source.stored[p.tensor.name].dtype) for p in self.pieces))
         about = [(t.name, t.file.name, t.code, t.shape, t.offset) for t in source.stored.values()]
-        files = sorted(
-            {(t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for t in source.stored.values()}
-        )
+        shards = sorted({tensor.file for tensor in source.stored.values()})
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, fingerprint(f)) for f in shards]
         arrays = [(path, spec.shape) for path, spec in self.specs.items()]
         plan = [layout.FORMAT, PIECE_BYTES, dtype, quantize, sorted(about), files, repr(source.config), arrays]
         self.fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
@@ -274,7 +276,10 @@ def import_weights(
     Returns: the folder of the step.
     Raises: ConvertError and its kinds, each naming file and tensor; nothing that looks like a step is left then.
     """
-    workdir = Path(checkpoint).absolute()
+    workdir = layout.plain_path(checkpoint)
+    for path in (Path(source).absolute(), workdir):
+        if not layout.is_utf8(path):
+            raise ConvertError(f"{path}: its path is not UTF-8, which checkpoints need; rename it")
     refuse_used(workdir)
     folder = SourceFolder(source)
     files = companions(folder.path)
@@ -286,7 +291,7 @@ def import_weights(
             left = sum(piece.nbytes for piece in pending)
             free = shutil.disk_usage(job.folder).free
             if left > free:
-                raise ConvertError(f"{workdir}: needs {left / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
+                raise ConvertError(f"{workdir}: needs {size_text(left)}, but {size_text(free)} are free")
             job.create_arrays()
             with ByteProgress("import", left, progress) as bar:
                 job.run(journal, pending, bar)
@@ -294,7 +299,11 @@ def import_weights(
             metadata = {
                 "config": to_dict(imported_run(folder.config, workdir.name)),
                 "progress": PROGRESS,
-                "source": {"files": str(folder.path.name), "tensors": len(folder.tensors)},
+                "source": {
+                    "files": folder.path.name,
+                    "tensors": len(folder.tensors),
+                    "config": kept_values(read_json(folder.path / CONFIG_FILE)),
+                },
                 "quantization": quantize,
             }
             job.commit(metadata)

@@ -18,6 +18,7 @@ from mmx_jax.model import parameter_spec
 from mmx_jax.model.lightning import layer_slopes
 
 STRIP = 256
+CRUMBS = 8
 TEXT_PREFIX = "language_model."
 """Of MiniMax-VL-01, whose other tensors are its vision part."""
 VISION_TENSORS = re.compile(r"(vision_tower\.|multi_modal_projector\.|image_newline$)")
@@ -84,10 +85,15 @@ class TensorSlice:
         return transpose(values.reshape(self.shape[1], rows))
 
     def units_per_piece(self, itemsize: int, limit: int) -> int:
-        """The largest divisor of `row_units` whose rows fit in `limit` bytes (1 when none does)."""
+        """The largest divisor of `row_units` whose rows fit in `limit` bytes (1 when a single row does not).
+
+        Where that makes more than `CRUMBS` times the pieces that are needed (a prime number of rows), the pieces are
+        larger than the limit instead: the smallest ones that are not too many.
+        """
         row_bytes = math.prod(self.shape) // self.row_units * itemsize
-        wanted = max(1, limit // row_bytes)
-        return next(n for n in range(min(wanted, self.row_units), 0, -1) if self.row_units % n == 0)
+        pieces = min(-(-self.row_units // max(1, limit // row_bytes)), self.row_units)
+        more = range(pieces, min(CRUMBS * pieces, self.row_units) + 1)
+        return self.row_units // next(n for n in (*more, *range(pieces, 0, -1)) if self.row_units % n == 0)
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:

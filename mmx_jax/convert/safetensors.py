@@ -8,6 +8,7 @@ file does not hold, and nothing is ever unpickled.
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,6 +27,8 @@ LENGTH_BYTES = 8
 HEADER_LIMIT = 100_000_000
 """The format's own limit on a header."""
 SHOWN_CHARACTERS = 300
+SAMPLES = 9
+SAMPLE_BYTES = 2**16
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -100,6 +103,25 @@ def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise WeightsFileError(path, f"{what} must be one JSON object")
     return parsed
+
+
+def fingerprint(path: Path) -> str:
+    """CRC-32 of a file's header and of `SAMPLES` pieces of its data from the first to the last byte.
+
+    Raises: WeightsFileError.
+    """
+    try:
+        with open_regular(path) as raw_file, BufferedReader(raw_file) as file:
+            size = os.fstat(file.fileno()).st_size
+            header = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            crc = zlib.crc32(file.read(min(header, HEADER_LIMIT)))
+            start = file.tell()
+            for i in range(SAMPLES):
+                file.seek(start + max(0, size - start - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
+    except OSError as error:
+        raise WeightsFileError(path, f"cannot be read: {error}") from error
+    return f"{crc:08x}"
 
 
 def _natural(value: Any) -> bool:
@@ -191,14 +213,18 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder with an index or with one safetensors file, every header checked.
 
     Raises: WeightsFileError for a missing folder, index or shard, a tensor that is not where the index says, in two
-      files or in none, a file name that leaves the folder, and a folder that has only pickles.
+      files or in none, a file that the index does not name, a file name that leaves the folder, and a folder that has
+      only pickles.
     """
     if not folder.is_dir():
         raise WeightsFileError(folder, "no such folder")
     index = folder / INDEX_FILE
-    if not index.exists():
+    if not os.path.lexists(index):  # a link to nothing is an index that cannot be read
         return read_header(_single(folder))
     weight_map = _index(index)
+    if strangers := sorted({path.name for path in folder.glob("*.safetensors")} - set(weight_map.values())):
+        reason = f"has no place for {', '.join(strangers[:3])} beside it: which of the files are the model is not clear"
+        raise WeightsFileError(index, f"{reason}; move away what does not belong to it")
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():

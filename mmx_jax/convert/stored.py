@@ -4,6 +4,7 @@ import dataclasses
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from mmx_jax.convert.names import tensor_map
 
 CHECKPOINTS = "checkpoints"
 CACHE_BYTES = 2**30
+KEPT_KEYS = (
+    "max_position_embeddings", "initializer_range", "router_jitter_noise", "output_router_logits", "bos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+"""Keys of a config.json that no model here has a field for: an import keeps them, for exports to give them back."""
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -32,7 +38,7 @@ def locate(folder: str | Path) -> tuple[Path, int | None] | None:
     A workdir, its folder of checkpoints and a step are told apart by what they hold, for a workdir may well be called
     20260131.
     """
-    path = Path(folder).absolute()
+    path = layout.plain_path(folder)
     for candidate in (path, path / CHECKPOINTS):
         if complete_steps(candidate):
             return candidate, None
@@ -58,6 +64,12 @@ def find_step(folder: str | Path, step: int | None = None) -> tuple[Path, int]:
     if wanted not in steps:
         raise ConvertError(f"{folder}: holds no complete checkpoint of step {wanted}; {advice}")
     return path, wanted
+
+
+def kept_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `KEPT_KEYS` in a config.json, MiniMax-VL-01's too, as far as they are plain."""
+    text = data.get("text_config", data)
+    return {key: text[key] for key in KEPT_KEYS if key in text and isinstance(text[key], int | float | None)}
 
 
 def stored_model(metadata: dict[str, Any]) -> ModelConfig:

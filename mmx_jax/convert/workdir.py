@@ -10,6 +10,7 @@ from absl import logging
 from mmx_jax.checkpoint import layout
 from mmx_jax.checkpoint.store import step_folder_name
 from mmx_jax.convert.errors import ConvertError
+from mmx_jax.convert.hf_config import end_of_text_ids
 from mmx_jax.convert.source import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, read_companions, read_end_ids
 from mmx_jax.convert.stored import CHECKPOINTS
 
@@ -42,8 +43,8 @@ def companions(source: Path) -> dict[str, bytes]:
     files = read_companions(source)
     if len(ids := read_end_ids(source)) > 1:
         known = json.loads(files[GENERATION_FILE]) if GENERATION_FILE in files else {}
-        if known.get("eos_token_id") is None:
-            files[GENERATION_FILE] = layout.plain_json(known | {"eos_token_id": list(ids)})
+        if not end_of_text_ids(known, source / GENERATION_FILE):
+            files[GENERATION_FILE] = (json.dumps(known | {"eos_token_id": list(ids)}, indent=1) + "\n").encode()
         logging.warning(
             "%s: generation ends at any of %s, but a model here stops by itself only at the first: give the others as "
             "stop ids. All are kept in %s and come back with an export",

@@ -9,6 +9,7 @@ import sentencepiece
 
 from mmx_jax.convert import ConfigSchemaError, ConvertError, WeightsFileError, export_weights, import_weights
 from mmx_jax.convert.source import read_config
+from mmx_jax.convert.stored import StoredWeights
 from mmx_jax.inference.load import load_for_inference
 from tests.fidelity.common import tiny_folder
 
@@ -53,6 +54,7 @@ def test_a_folder_of_the_user_stays(tmp_path):
     ({"eos_token_id": 5}, {"eos_token_id": [7, 3, 7]}, 7, [7, 3]),
     ({"eos_token_id": [4, 9]}, {"temperature": 0.5}, 4, [4, 9]),
     ({"eos_token_id": [4, 9]}, None, 4, [4, 9]),
+    ({"eos_token_id": [5, 7]}, {"eos_token_id": []}, 5, [5, 7]),
     ({"eos_token_id": []}, {"eos_token_id": []}, None, []),
     ({}, None, None, None),
 ])  # fmt: skip
@@ -97,6 +99,78 @@ def test_a_tokenizer_that_is_named_must_be_one(tmp_path):
         assert not (tmp_path / "out").exists()
     exported(tmp_path / "work", tmp_path / "out", tokenizer=good)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (good / "tokenizer.model").read_bytes()
+
+
+def test_another_tokenizer_folder_keeps_the_end_ids(tmp_path):
+    """INV-42: the ids came with the weights; a tokenizer folder is asked for them only when the weights had none."""
+    source, _ = tiny_folder(tmp_path / "source", shards=1, eos_token_id=[4, 9])
+    import_weights(source, tmp_path / "work", progress=False)
+    good = train_sentencepiece(tmp_path / "good", 40)
+    (good / "generation_config.json").write_text('{"eos_token_id": 3, "temperature": 0.5}')
+    written, _ = exported(tmp_path / "work", tmp_path / "out", tokenizer=good)
+    assert (written["eos_token_id"], "temperature" in written) == ([4, 9], False)
+    (tmp_path / "work" / "generation_config.json").unlink()
+    written, _ = exported(tmp_path / "work", tmp_path / "second", tokenizer=good)
+    assert (written["eos_token_id"], written["temperature"]) == (4, 0.5)
+
+
+def test_suppressed_ids_of_the_source_stay(tmp_path):
+    """INV-41: the ids without a token come on top of those that the model's own generation config forbids."""
+    source, _ = tiny_folder(tmp_path / "source", shards=1, eos_token_id=5)
+    train_sentencepiece(source, 40)
+    tokens = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).vocab_size()
+    (source / "generation_config.json").write_text('{"suppress_tokens": [60, 2, 7]}')
+    import_weights(source, tmp_path / "work", progress=False)
+    written, _ = exported(tmp_path / "work", tmp_path / "out")
+    assert written["suppress_tokens"] == [2, 7, *range(tokens, 61)]
+    (tmp_path / "work" / "generation_config.json").write_text('{"suppress_tokens": "2"}')
+    with pytest.raises(ConfigSchemaError, match="suppress_tokens"):
+        exported(tmp_path / "work", tmp_path / "second")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(3.4028e38, "bf16"), (np.nan, None), (-np.inf, "fp32")])
+def test_what_is_not_finite_is_not_exported(value, dtype, tmp_path, monkeypatch):
+    """Rounding that overflows, or a diverged run: refused with tensor and place, and no folder is left."""
+    source, _ = tiny_folder(tmp_path / "source", shards=1)
+    import_weights(source, tmp_path / "work", progress=False)
+    read = StoredWeights.read_rows
+
+    def diverged(weights, name, start, stop):
+        rows = read(weights, name, start, stop).copy()
+        if name == "lm_head.weight":
+            rows[3, 2] = value
+        return rows
+
+    monkeypatch.setattr(StoredWeights, "read_rows", diverged)
+    with pytest.raises(ConvertError, match=r"lm_head\.weight in 00000000.* at \(3, 2\) is no finite"):
+        exported(tmp_path / "work", tmp_path / "out", dtype=dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "work"]
+
+
+@pytest.mark.parametrize("form", ["hub", "transformers"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_that_no_field_holds_come_back(form, nested, tmp_path):
+    """What only other people's code reads is the source's, not invented."""
+    own = {
+        "max_position_embeddings": 4096, "initializer_range": 0.006, "router_jitter_noise": 0.01, "bos_token_id": 3,
+        "pad_token_id": 2, "output_router_logits": True,
+    }  # fmt: skip
+    source, _ = tiny_folder(tmp_path / "source", shards=1, **own)
+    if nested:
+        text = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({"model_type": "minimax_vl_01", "text_config": text}))
+    import_weights(source, tmp_path / "work", progress=False)
+    folder = export_weights(tmp_path / "work", tmp_path / "out", form, progress=False)
+    assert own.items() <= json.loads((folder / "config.json").read_text()).items()
+
+
+@pytest.mark.parametrize("place", ["checkpoints/00000001", "checkpoints/00000000/out", "checkpoints/a/../b/out"])
+def test_nothing_is_written_among_checkpoints(place, tmp_path):
+    source, _ = tiny_folder(tmp_path / "source", shards=1)
+    import_weights(source, tmp_path / "work", progress=False)
+    with pytest.raises(ConvertError, match="checkpoints holds checkpoints"):
+        exported(tmp_path / "work", tmp_path / "work" / place)
+    exported(tmp_path / "work", tmp_path / "work" / "out")
 
 
 @pytest.mark.parametrize(("description", "words"), [

@@ -4,13 +4,20 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
+from rich.console import Console
 
-from mmx_jax.checkpoint import CheckpointStore
-from mmx_jax.convert import ConvertError, compare_weights, import_weights, importing
+from mmx_jax.checkpoint import CheckpointError, CheckpointStore
+from mmx_jax.checkpoint.__main__ import verify_steps
+from mmx_jax.convert import ConvertError, WeightsFileError, compare_weights, import_weights, importing
+from mmx_jax.convert.files import size_text
 from mmx_jax.convert.journal import Journal
+from mmx_jax.convert.source import read_config
+from mmx_jax.inference.load import load_for_inference
 from tests.fidelity.common import tiny_folder
 
 FOLDER = "checkpoints/00000000.importing"
@@ -132,6 +139,20 @@ def test_a_line_after_half_a_line_counts(stopped):
     assert len(written) == 1
 
 
+@pytest.mark.parametrize("change", [lambda value: value + 1, lambda value: np.where(value > 2, 0, value)])
+def test_another_source_of_equal_names_sizes_and_times(change, stopped):
+    """What was taken from one model never ends in another one's checkpoint."""
+    source, work, written = stopped
+    for file in source.glob("*.safetensors"):
+        before = file.stat()
+        tensors = {name: change(value).astype(np.float32) for name, value in safetensors.numpy.load_file(file).items()}
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_size == before.st_size
+    assert_finishes(source, work)
+    assert len(written) == len(safetensors_of(source))
+
+
 def test_two_imports_at_once(stopped):
     """The second is told; the first loses nothing."""
     source, work, written = stopped
@@ -182,6 +203,51 @@ def test_published_weights_are_no_workdir(tmp_path):
     source, _ = tiny_folder(tmp_path / "source", shards=1)
     with pytest.raises(ConvertError, match=r"published weights"):
         import_weights(source, source, progress=False)
+
+
+@pytest.mark.parametrize("extra", ["model.safetensors", "model-00003-of-00003.safetensors"])
+def test_a_file_that_the_index_does_not_name_is_refused(extra, tmp_path):
+    """Two sets of weights in one folder: nobody can say which one is meant."""
+    source, _ = tiny_folder(tmp_path / "source", shards=2)
+    shutil.copyfile(source / "model-00001-of-00002.safetensors", source / extra)
+    with pytest.raises(WeightsFileError, match=rf"no place for {extra} beside it"):
+        import_weights(source, tmp_path / "work", progress=False)
+
+
+@pytest.mark.parametrize("which", ["source", "work"])
+def test_paths_that_are_not_utf8_are_refused_at_once(which, tmp_path):
+    source, _ = tiny_folder(tmp_path / "source", shards=1)
+    odd = tmp_path / os.fsdecode(b"m\xff")
+    if which == "source":
+        source = source.rename(odd)
+    work = odd if which == "work" else tmp_path / "work"
+    with pytest.raises(ConvertError, match="not UTF-8"):
+        import_weights(source, work, progress=False)
+    assert not work.exists()
+    with pytest.raises(CheckpointError, match="not UTF-8"):
+        CheckpointStore(odd / "checkpoints")
+
+
+def test_sizes_in_words():
+    """Small ones too: a message never says 0.00 GB."""
+    texts = {0: "0 bytes", 999: "999 bytes", 1500: "1.50 kB", 999_999: "1.00 MB", 12_340_000: "12.3 MB"}
+    texts |= {912_180_000_000: "912 GB", 1_800_000_000_000: "1.80 TB"}
+    assert {size: size_text(size) for size in texts} == texts
+
+
+def test_paths_with_dots_and_links(tmp_path, monkeypatch):
+    """TensorStore refuses ".." in a path; whatever the caller writes, the place is the same."""
+    source, _ = tiny_folder(tmp_path / "source", shards=1)
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a/b")
+    monkeypatch.chdir(tmp_path / "a")
+    import_weights("../source", "../link/../work", progress=False)  # the link's parent is a, not the current folder's
+    assert (tmp_path / "a/work/checkpoints/00000000").is_dir()
+    monkeypatch.chdir(tmp_path / "a/b")
+    assert verify_steps(Path("../work/checkpoints"), [0], Console(quiet=True))
+    assert {d.problem for d in compare_weights(source, "../work")} == {"equal"}
+    assert CheckpointStore("../work/checkpoints").verify(0) == []
+    assert load_for_inference("../work").model == read_config(source)
 
 
 @pytest.mark.parametrize("name", ["20261122", "00000007"])

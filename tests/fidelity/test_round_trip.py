@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from mmx_jax.checkpoint import CheckpointStore
 from mmx_jax.convert import compare_weights, export_weights, import_weights, importing, load_safetensors, parse_config
-from mmx_jax.convert.names import decay_buffers, tensor_map
+from mmx_jax.convert.names import TensorSlice, decay_buffers, tensor_map
 from mmx_jax.convert.source import read_config
 from mmx_jax.inference.load import load_for_inference
 from mmx_jax.model import parameter_spec
@@ -68,6 +68,15 @@ def test_pieces_of_large_tensors(tmp_path, monkeypatch):
     import_weights(source, tmp_path / "work", progress=False)
     assert len(list((tmp_path / "work/checkpoints/00000000/arrays/params.head").iterdir())) > 2
     assert_same_bits(read_all(export_weights(tmp_path / "work", tmp_path / "out", "hub", progress=False)), tensors)
+
+
+@pytest.mark.parametrize(("rows", "row_bytes", "pieces"), [
+    (64, 8, 8), (63, 8, 9), (61, 8, 61), (5, 128, 5), (521, 1, 1), (65537, 1, 1), (2 * 65537, 1, 2),
+])  # fmt: skip
+def test_pieces_never_are_crumbs(rows, row_bytes, pieces):
+    """64 bytes a piece: pieces divide the rows, at most 8 times as many as are needed, else fewer and larger ones."""
+    tensor = TensorSlice("a", "a", (), (rows, 1), ((0,), (1,)))
+    assert rows / tensor.units_per_piece(row_bytes, 64) == pieces
 
 
 def mesh_shardings(config, **axes):
@@ -243,6 +252,14 @@ def test_imported_weights_serve_inference(tmp_path):
     assert loaded.model == read_config(source)
     assert loaded.model.end_of_text_id == 20
     assert Progress.from_dict(loaded.metadata["progress"]) == Progress(stage="imported")
+
+
+def test_diff_opens_the_workdir_of_a_run(tmp_path):
+    """A run's workdir has a config.json of its own; its steps are what is compared."""
+    source, _ = tiny_folder(tmp_path / "source", shards=1)
+    import_weights(source, tmp_path / "work", progress=False)
+    (tmp_path / "work" / "config.json").write_text("{}")
+    assert {d.problem for d in compare_weights(tmp_path / "work", source)} == {"equal"}
 
 
 def test_diff_names_what_differs(tmp_path):
