@@ -2,10 +2,10 @@
 
     make quickstart            (or: python train.py --config configs/quickstart.py)
 
-Hardware: two CPU cores; 0.9 million tokens, a third of the corpus, at 3,400 to 3,600 tokens a second: 257 s (without the
-Makefile's memory settings 3,000 a second). Result on 310 KB of held-out sources: 1.734 bits per byte, beside `xz -9`
-1.783, bigrams 1.976 and unigrams 2.724. Called again, the run goes on from the checkpoint before the decay, for one more
-budget.
+Hardware: two CPU cores; 0.9 million tokens, a third of the corpus, at 3,400 to 3,600 tokens a second: 257 s (3,000 a
+second without the Makefile's memory settings). Result on 310 KB of held-out sources: 1.734 bits per byte, beside
+`xz -9` 1.783, bigrams 1.976 and unigrams 2.724. Called again, the run goes on from the checkpoint before the decay,
+for one more budget.
 
 From trials of a million tokens: 8,192 pieces came to 1.738 where 2,048 came to 1.820, and slow second moments (b2 0.99)
 to 1.738 where 0.95 came to 1.777, for most pieces are rare.
