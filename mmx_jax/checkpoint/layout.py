@@ -106,8 +106,11 @@ class ArrayRecord:
 
 
 def plain_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of the same place without links and without "..", which TensorStore takes for damage."""
-    return Path(os.path.realpath(path))
+    """The absolute path of the same place without "..", which TensorStore takes for damage.
+
+    What ".." means behind a link only the file system knows, so such paths are resolved; others keep their links.
+    """
+    return Path(os.path.realpath(path)) if ".." in Path(path).parts else Path(path).absolute()
 
 
 def is_utf8(path: Path) -> bool:
