@@ -15,6 +15,10 @@ from parallel.stripes import arrange, partition
 BATCH, LENGTH, DIM = 2, 64, 8
 
 
+# Many devices and processes on few cores: one after another, on one worker.
+pytestmark = pytest.mark.xdist_group("parallel")
+
+
 def inputs(heads, key_heads, dtype=jnp.float32):
     """Queries, keys, values, the gradient of the output, and causal ranges: one document, and three with padding."""
     rng = np.random.default_rng(0)

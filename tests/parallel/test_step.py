@@ -22,6 +22,9 @@ from parallel.mesh import make_mesh
 from parallel.sharding import DEFAULT_RULES, constrain
 
 ROWS, LENGTH = 8, 32
+# Many devices and processes on few cores: one after another, on one worker.
+pytestmark = pytest.mark.xdist_group("parallel")
+
 MODEL = ModelConfig(
     vocab_size=96, hidden_size=64, layers=("lightning", "softmax"), num_heads=8, num_kv_heads=2, head_dim=8,
     rotary_dim=4, ffn_hidden_size=32, num_experts=8, capacity_factor=1.0, compute_dtype="float32",
