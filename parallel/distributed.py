@@ -10,10 +10,11 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from absl import flags, logging
@@ -22,16 +23,18 @@ from parallel.guard import EXIT_LOST, Child, Guard
 from parallel.launch import Launch, LaunchError, find_launch, metadata_attribute, on_tpu_vm
 from parallel.links import Member, meet
 
-__all__ = ["EXIT_LOST", "LaunchError", "agree", "barrier", "define_flags", "run", "saved"]
+__all__ = ["EXIT_LOST", "LaunchError", "agree", "barrier", "define_flags", "make_cpu_devices_exact", "run", "saved"]
 
 HEARTBEAT_TIMEOUT = 30
 """Seconds after which JAX gives a silent process up; the guards are faster and say which one it was."""
-CONNECT_SECONDS = 120
+CONNECT_SECONDS = 300
+"""From the start of the work to JAX's cluster: processes that share a busy host import at different speeds."""
 PATIENCE_SECONDS = 24 * 3600
 """Processes wait so long for one that prepares data or writes the report: guards notice when it dies."""
 LAST_WORDS_SECONDS = 10.0
 """A failed process waits so long for the others to fail too, before it explains itself: when the failure is the echo of
 a lost process, its guard ends it before."""
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 _meetings = itertools.count()
 _listeners: list[Callable[[int], None]] = []
 
@@ -57,6 +60,7 @@ def run(work: Callable[[], int], values: flags.FlagValues = flags.FLAGS) -> int:
     Raises:
       LaunchError: the launcher does not say what is needed, or the processes do not find each other.
     """
+    make_cpu_devices_exact(os.environ)
     launch = find_launch(
         os.environ, values.coordinator_address, values.num_processes, values.process_id,
         metadata_attribute if on_tpu_vm(os.environ) else None,
@@ -73,6 +77,23 @@ def run(work: Callable[[], int], values: flags.FlagValues = flags.FLAGS) -> int:
         return Guard(launch.index, child, links, members).run()
     finally:
         child.end(0)
+
+
+def make_cpu_devices_exact(environment: MutableMapping[str, str]) -> None:
+    """Has XLA compute matrix products without its library YNN where a process has several CPU devices.
+
+    With it, the first execution of a program on several CPU devices of one process gives wrong results now and then
+    (jaxlib 0.11.2: every first step of a small mixture of experts on eight devices and two busy cores; without it
+    none). Later executions, and those on one device, are right. Must come before JAX is used.
+
+    Args:
+      environment: environment variables; XLA_FLAGS is changed, unless it says something about YNN already.
+    """
+    xla_flags = environment.get("XLA_FLAGS", "")
+    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", xla_flags)
+    count = int(forced[-1]) if forced else int(environment.get("JAX_NUM_CPU_DEVICES") or 1)
+    if count > 1 and _YNN_FLAG not in xla_flags:
+        environment["XLA_FLAGS"] = f"{xla_flags} {_YNN_FLAG}".strip()
 
 
 def _train(launch: Launch, child: Child, work: Callable[[], int]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.distributed import make_cpu_devices_exact
 from parallel.launch import PORT, PORTS, Launch, LaunchError, find_launch, first_host
 from parallel.links import Member, meet
 
@@ -161,3 +162,26 @@ def test_processes_that_do_not_fit_say_so(places: list[tuple[int, int]], words: 
     assert all(isinstance(result, LaunchError) for result in results), results
     with pytest.raises(LaunchError, match=words):
         raise results[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({}, None),
+        ({"XLA_FLAGS": "--xla_dump_to=x"}, "--xla_dump_to=x"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, "--xla_force_host_platform_device_count=1"),
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+            "--xla_force_host_platform_device_count=8 --xla_cpu_experimental_ynn_fusion_type=",
+        ),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, "--xla_cpu_experimental_ynn_fusion_type="),
+        (
+            {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=3"},
+            "--xla_cpu_experimental_ynn_fusion_type=3",
+        ),
+    ],
+)
+def test_several_cpu_devices_compute_without_ynn(given: dict[str, str], flags: str | None) -> None:
+    """Its first products on several devices of a process may be wrong; one device keeps it, and so does who asks."""
+    make_cpu_devices_exact(given)
+    assert given.get("XLA_FLAGS") == flags
