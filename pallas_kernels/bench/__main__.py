@@ -1,4 +1,4 @@
-"""Times one operation against this card's ceilings and its peers, all in one run: `--help` lists the operations."""
+"""Times one operation against this card's ceilings and its peers, all in one run, or draws what was timed."""
 
 import argparse
 import dataclasses
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 OPERATIONS = {
     "lightning": "lightning attention, forward and forward + backward",
@@ -16,12 +17,22 @@ OPERATIONS = {
     "decode": "one token of lightning attention, states updated in place",
     "grouped_matmul": "the experts' matrix products, forward and forward + backward",
 }
-"""Each is a module beside this one with `run(peer_names, only) -> list[Row]`; imported when asked for."""
+"""Each is a module beside this one with `run(peer_names, only) -> Iterator[Row]` and the names of its `PEERS`; imported
+when asked for."""
 
 
 def main() -> int:
-    """Runs one benchmark and prints its table; returns the exit code."""
+    """Runs one benchmark and prints its table, or draws a picture; returns the exit code."""
     arguments = _parser().parse_args()
+    if arguments.operation == "plot":
+        from pallas_kernels.bench import plot
+
+        plot.draw(arguments.files, arguments.output)
+        return 0
+    return _measure(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
     # Peers on torch share the card; the longest sequences need nearly all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
@@ -32,42 +43,59 @@ def main() -> int:
 
     benchmark = importlib.import_module(f"pallas_kernels.bench.{arguments.operation}")
     peers = _names(arguments.peers)
-    known = getattr(benchmark, "PEERS", None)
-    if known is not None and not set(peers) <= set(known):
-        print(f"--peers {arguments.peers}: {arguments.operation} knows {', '.join(known)}", file=sys.stderr)
+    if not set(peers) <= set(benchmark.PEERS):
+        print(f"--peers {arguments.peers}: {arguments.operation} knows {', '.join(benchmark.PEERS)}", file=sys.stderr)
         return 2
     if jax.default_backend() != "gpu":
         print(f"benchmarks need a GPU; the default backend is {jax.default_backend()}", file=sys.stderr)
         return 1
     device = jax.devices()[0].device_kind
-    copy, matmul = ceilings.copy_gbps(), ceilings.matmul_tflops()
-    print(f"{device}, jax {jax.__version__}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
-    rows = benchmark.run(peers, _names(arguments.only))
+    rows: list[timing.Row] = []
+    with timing.taking_turns(arguments.turns):
+        copy, matmul = ceilings.copy_gbps(), ceilings.matmul_tflops()
+        print(f"{device}, jax {jax.__version__}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
+        for row in benchmark.run(peers, _names(arguments.only)):
+            print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
+            rows.append(row)
+            if arguments.json:
+                record = {
+                    "device": device,
+                    "jax": jax.__version__,
+                    "date": datetime.date.today().isoformat(),
+                    "copy_gbps": copy,
+                    "matmul_tflops": matmul,
+                    "rows": [dataclasses.asdict(row) for row in rows],
+                }
+                _replace(arguments.json, record)
     print(timing.table(rows, copy, matmul))
-    if arguments.json:
-        record = {
-            "device": device,
-            "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(),
-            "copy_gbps": copy,
-            "matmul_tflops": matmul,
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
+def _replace(path: Path, record: dict[str, Any]) -> None:
+    """Writes after every row, so that a run that is cut short is not lost, and never half a file."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.replace(path)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.bench",
-        description=__doc__,
-        epilog="\n".join(f"{name:16}{what}" for name, what in OPERATIONS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
+    operations = parser.add_subparsers(dest="operation", required=True, metavar="OPERATION")
+    for name, what in OPERATIONS.items():
+        operation = operations.add_parser(name, help=what, description=f"Times {what}.")
+        operation.add_argument("--peers", default="", help="peers to time in the same run, by name, comma-separated")
+        operation.add_argument(
+            "--only", default="", help="time cases whose name contains one of these, comma-separated"
+        )
+        operation.add_argument("--json", type=Path, help="also write the measurements to this file, row by row")
+        operation.add_argument(
+            "--turns", type=Path, help="a file that names runs on the same card: they compile at once, and time in turn"
+        )
+    picture = operations.add_parser("plot", help="draws time against length from what --json wrote")
+    picture.add_argument(
+        "files", type=Path, nargs="+", help="written by `lightning --json`; the last has the last word"
     )
-    parser.add_argument("operation", choices=OPERATIONS, help="what to time, see below")
-    parser.add_argument("--peers", default="", help="peers to time in the same run, by name, comma-separated")
-    parser.add_argument("--only", default="", help="time cases whose name contains one of these, comma-separated")
-    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
+    picture.add_argument("--output", type=Path, required=True, help="the picture, PNG or SVG")
     return parser
 
 

@@ -6,18 +6,17 @@ step's time is that of reading and writing its states; with one pool of one row 
 
 import dataclasses
 import functools
-import importlib.util
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench.timing import Row
+from pallas_kernels.bench import common
+from pallas_kernels.bench.timing import Row, turn
 from pallas_kernels.lightning import decode_step
 
 PEERS = ("xla", "fla", "fla_graph")
@@ -54,30 +53,17 @@ CASES = (
 )
 
 
-def run(peer_names: list[str], only: list[str]) -> list[Row]:
-    """Measures every case whose name contains one of `only` (all when empty), ours and the peers'.
-
-    Times go to stderr as they come, so that a run that is cut short is not lost.
-    """
-    rows: list[Row] = []
-    for case in CASES:
-        if only and not any(part in case.name for part in only):
-            continue
+def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
+    """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come."""
+    for case in common.chosen(CASES, only):
         for name in ("ours", *peer_names):
             row = Row(case.name, name, bytes=case.bytes)
-            if name.startswith("fla") and importlib.util.find_spec("fla") is None:
-                row.note = "not installed"
-            elif name.startswith("fla"):
-                try:
-                    row.ms = _fla(case, graph=name == "fla_graph")
-                except Exception as error:  # a finding about the peer; the other rows still count
-                    row.note = f"failed: {type(error).__name__}: {str(error)[:80].splitlines()[:1]}"
-            else:
-                row.ms, row.note = _ours(case, None if name == "ours" else "chunked")
-                row.errors = _errors(case) if name == "ours" else {}
-            print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
-            rows.append(row)
-    return rows
+            if name.startswith("fla"):
+                yield common.peer(row, "fla", functools.partial(_fla, case, graph=name == "fla_graph"))
+                continue
+            row.ms, row.note = _ours(case, None if name == "ours" else "chunked")
+            row.errors = _errors(case) if name == "ours" else {}
+            yield row
 
 
 def _draw(case: Case, seed: int = 0) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
@@ -126,16 +112,17 @@ def _ours(case: Case, implementation: str | None) -> tuple[float, str]:
     # What two more loops cost in a queue: host round trips drop out.
     _, states = queue(2, states)
     times = []
-    for _ in range(REPEATS):
-        short, states = queue(1, states)
-        long, states = queue(3, states)
-        times.append((long - short) / 2)
-    holder = [states]
+    with turn():
+        for _ in range(REPEATS):
+            short, states = queue(1, states)
+            long, states = queue(3, states)
+            times.append((long - short) / 2)
+        holder = [states]
 
-    def once() -> None:
-        holder[0] = jax.block_until_ready(loop(holder[0]))[0]
+        def once() -> None:
+            holder[0] = jax.block_until_ready(loop(holder[0]))[0]
 
-    device = _device_microseconds(once) if implementation is None else None
+        device = _device_microseconds(once) if implementation is None else None
     note = "" if device is None else f"kernel {device:.2f} us"
     return statistics.median(times) / (rounds * case.pools) * 1e3, note
 
@@ -170,8 +157,7 @@ def _errors(case: Case) -> dict[str, float]:
     o, new = decode_step(q, k, v, state, slopes, slots=slots)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     right_o, right = decode_step(q, k, v, state, slopes, slots=slots, implementation="chunked")
-    pairs = {"o": (o.astype(jnp.float32), right_o), "state": (new, right)}
-    return {name: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for name, (a, b) in pairs.items()}
+    return common.relative_errors({"o": o, "state": new}, {"o": right_o, "state": right})
 
 
 def _fla(case: Case, graph: bool) -> float:
@@ -204,10 +190,11 @@ def _fla(case: Case, graph: bool) -> float:
             call = captured.replay
             call()
         times = []
-        for _ in range(REPEATS):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        with turn():
+            for _ in range(REPEATS):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
     return statistics.median(times) / (rounds * case.pools) * 1e3

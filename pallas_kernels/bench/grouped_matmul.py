@@ -5,22 +5,18 @@ The einsum is the capacity form of a mixture of experts: as many rows for each e
 
 import dataclasses
 import functools
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench import peers
-from pallas_kernels.bench.timing import Row, milliseconds
+from pallas_kernels.bench import common
+from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds, turn
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 PEERS = ("torch", "einsum")
-CACHE_BYTES = 200e6
-"""Inputs take turns over at least this much memory, four times a Hopper card's cache."""
 PRODUCTS = ("fwd", "dx", "dw", "fwd+bwd")
 
 Inputs = Sequence[Sequence[jax.Array]]
@@ -50,40 +46,24 @@ CASES = (
 )
 
 
-def run(peer_names: list[str], only: list[str]) -> list[Row]:
-    """Measures every case whose name contains one of `only` (all when empty), ours and the peers'.
-
-    Times go to stderr as they come, so that a run that is cut short is not lost.
-    """
-    rows: list[Row] = []
-    for case in CASES:
-        if only and not any(part in case.name for part in only):
-            continue
-        inputs = _draw(case)
+def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
+    """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come."""
+    for case in common.chosen(CASES, only):
+        inputs = common.draw(
+            [(case.rows, case.width), (case.experts, case.width, case.hidden), (case.rows, case.hidden)]
+        )
         sizes = jnp.asarray(case.group_sizes())
-        errors = _errors(case)
+        with turn():
+            errors = _errors(case)
         for what in PRODUCTS:
             row = _row(case, what, "ours")
             row.ms = milliseconds(_ours(what, sizes), inputs)
             row.errors = {"fwd": {"y": errors["y"]}, "fwd+bwd": errors}.get(what) or {what: errors[what]}
-            _say(row)
-            rows.append(row)
-            rows += [_peer(case, what, name, inputs) for name in peer_names]
-        for array in jax.tree.leaves(inputs):
-            array.delete()
-    return rows
-
-
-def _draw(case: Case) -> Inputs:
-    """Random x, w and dy in bf16, as often as they take to exceed the cache."""
-    shapes = [(case.rows, case.width), (case.experts, case.width, case.hidden), (case.rows, case.hidden)]
-    sets = max(1, min(8, round(CACHE_BYTES / sum(2 * np.prod(shape) for shape in shapes)) + 1))
-
-    @jax.jit
-    def draw(key: jax.Array) -> list[jax.Array]:
-        return [jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(jax.random.split(key, 3), shapes)]
-
-    return [draw(jax.random.key(i)) for i in range(sets)]
+            yield row
+            for name in peer_names:
+                measure = functools.partial({"einsum": _einsum, "torch": _torch}[name], case, what, inputs)
+                yield common.peer(_row(case, what, name), "jax" if name == "einsum" else name, measure)
+        common.free(inputs)
 
 
 def _row(case: Case, what: str, name: str) -> Row:
@@ -125,19 +105,6 @@ def _errors(case: Case, rows: int = 1000, experts: int = 4) -> dict[str, float]:
     }
 
 
-def _peer(case: Case, what: str, name: str, inputs: Inputs) -> Row:
-    row = _row(case, what, name)
-    if importlib.util.find_spec("jax" if name == "einsum" else name) is None:
-        row.note = "not installed"
-    else:
-        try:
-            row.ms = {"einsum": _einsum, "torch": _torch}[name](case, what, inputs)
-        except Exception as error:  # a peer's failure is a finding about the peer, and the other rows still count
-            row.note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-    _say(row)
-    return row
-
-
 def _einsum(case: Case, what: str, inputs: Inputs) -> float:
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum("ecd,edf->ecf", x.reshape(case.experts, -1, case.width), w).reshape(case.rows, case.hidden)
@@ -160,8 +127,4 @@ def _torch(case: Case, what: str, inputs: Inputs) -> float:
         for name in products if what == "fwd+bwd" else (what,):
             products[name](x, w, dy)
 
-    return peers._torch_milliseconds(call, sets)
-
-
-def _say(row: Row) -> None:
-    print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
+    return torch_milliseconds(call, sets)

@@ -2,24 +2,19 @@
 
 import dataclasses
 import functools
-import importlib.util
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench import peers
-from pallas_kernels.bench.timing import Row, milliseconds
+from pallas_kernels.bench import common, peers
+from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds, turn
 from pallas_kernels.norm_gate import norm_gate
 
 PEERS = ("xla", "fla")
 DIM = 128
 EPS = 1e-6
-CACHE_BYTES = 200e6
-"""Inputs take turns over at least this much memory, four times a Hopper card's cache."""
-
 TENSORS = {"fwd": 3, "fwd+bwd": 8}
 """Tensors of x's size that are read or written: x, gate, y; then x, gate, dy, dx, dgate."""
 
@@ -43,38 +38,17 @@ CASES = (
 )
 
 
-def run(peer_names: list[str], only: list[str]) -> list[Row]:
-    """Measures every case whose name contains one of `only` (all when empty), ours and the peers'.
-
-    Times go to stderr as they come, so that a run that is cut short is not lost.
-    """
-    rows: list[Row] = []
-    for case in CASES:
-        if only and not any(part in case.name for part in only):
-            continue
-        inputs = _draw(case)
-        found = [_timed(case, what, "ours", inputs) for what in TENSORS]
-        for row in found:
-            row.errors = _errors(inputs[0], backward=row.case.endswith("bwd"))
-        found += [_timed(case, what, name, inputs) for name in peer_names for what in TENSORS]
-        rows += found
-        for array in jax.tree.leaves(inputs):
-            array.delete()
-    return rows
-
-
-def _draw(case: Case) -> Inputs:
-    """Random x, gate logits and dy in bf16 and an fp32 weight near 1, as often as they take to exceed the cache."""
-    shape = (case.batch, case.length, case.heads, DIM)
-    sets = max(1, min(8, round(CACHE_BYTES / (3 * 2 * case.batch * case.length * case.heads * DIM)) + 1))
-
-    @jax.jit
-    def draw(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, 4)
-        x, gate, dy = (jax.random.normal(k, shape, jnp.bfloat16) for k in keys[:3])
-        return [x, gate, 1 + 0.1 * jax.random.normal(keys[3], shape[2:], jnp.float32), dy]
-
-    return [draw(jax.random.key(i)) for i in range(sets)]
+def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
+    """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come."""
+    for case in common.chosen(CASES, only):
+        shape = (case.batch, case.length, case.heads, DIM)
+        # The weight is near 1 and fp32.
+        weight = 1 + 0.1 * jax.random.normal(jax.random.key(0), shape[2:], jnp.float32)
+        inputs = [[x, gate, weight, dy] for x, gate, dy in common.draw([shape] * 3)]
+        for name in ("ours", *peer_names):
+            for what in TENSORS:
+                yield _timed(case, what, name, inputs)
+        common.free([arrays[:2] + arrays[3:] for arrays in inputs])
 
 
 def _call(implementation: str | None, backward: bool, *arguments: jax.Array) -> Any:
@@ -90,16 +64,12 @@ def _timed(case: Case, what: str, name: str, inputs: Inputs) -> Row:
     elements = case.batch * case.length * case.heads * DIM
     row = Row(f"{case.name} {what}", name, bytes=2 * TENSORS[what] * elements)
     backward = what == "fwd+bwd"
-    if name == "fla" and importlib.util.find_spec("fla") is None:
-        row.note = "not installed"
-    elif name == "fla":
-        try:
-            row.ms = _fla(inputs, backward)
-        except Exception as error:  # a peer's failure is a finding about the peer, and the other rows still count
-            row.note = f"failed: {type(error).__name__}: {str(error)[:80].splitlines()[:1]}"
-    else:
-        row.ms = milliseconds(jax.jit(functools.partial(_call, None if name == "ours" else name, backward)), inputs)
-    print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
+    if name == "fla":
+        return common.peer(row, "fla", functools.partial(_fla, inputs, backward))
+    row.ms = milliseconds(jax.jit(functools.partial(_call, None if name == "ours" else name, backward)), inputs)
+    if name == "ours":
+        with turn():
+            row.errors = _errors(inputs[0], backward=backward)
     return row
 
 
@@ -110,10 +80,7 @@ def _errors(inputs: Sequence[jax.Array], backward: bool, tokens: int = 1024) -> 
     found = jax.jit(functools.partial(_call, None, True))(*arguments)
     right = jax.jit(functools.partial(_call, "xla", True))(*(a.astype(jnp.float32) for a in arguments))
     names = ("y", "dx", "dgate", "dweight")[: 4 if backward else 1]
-    return {
-        name: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-        for name, a, b in zip(names, found, right)
-    }
+    return common.relative_errors(dict(zip(names, found)), dict(zip(names, right)))
 
 
 def _fla(inputs: Inputs, backward: bool) -> float:
@@ -132,4 +99,5 @@ def _fla(inputs: Inputs, backward: bool) -> float:
         if backward:
             torch.autograd.grad(y, (x, gate, weight), dy)
 
-    return peers._torch_milliseconds(call, sets)
+    with peers.configurations_compiled_together():
+        return torch_milliseconds(call, sets)

@@ -1,26 +1,22 @@
 """Other people's lightning attention behind one signature, for those that are installed."""
 
-import importlib.util
-import statistics
-from collections.abc import Callable, Sequence
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench.timing import milliseconds
+from pallas_kernels.bench.timing import milliseconds, torch_milliseconds, turn
 
 Inputs = Sequence[Sequence[jax.Array]]
 """Sets of q, k, v and, for gradients, do [B, T, N, H]."""
 
 LIGHTNING = ("jla", "fla")
-_MODULES = {"jla": "jla", "fla": "fla"}
-
-
-def available(name: str) -> bool:
-    """Says whether a peer can be imported."""
-    return importlib.util.find_spec(_MODULES[name]) is not None
+"""The names that `lightning` knows, each also that of the module to import."""
 
 
 def lightning(name: str, inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, *, backward: bool) -> float:
@@ -80,20 +76,36 @@ def _fla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backw
         if backward:
             torch.autograd.grad(o, (q, k, v), *do)
 
-    return _torch_milliseconds(call, sets)
+    with configurations_compiled_together():
+        return torch_milliseconds(call, sets)
 
 
-def _torch_milliseconds(call: Callable[..., None], sets: Sequence[Sequence[Any]], repeats: int = 20) -> float:
-    import torch
+@contextlib.contextmanager
+def configurations_compiled_together() -> Iterator[None]:
+    """Makes Triton's autotuner compile all configurations of a kernel at once, on every core, before it times them.
 
-    for arguments in sets:
-        call(*arguments)
-    times = []
-    for repeat in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call(*sets[repeat % len(sets)])
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    One after another the 300 or so of fla take minutes. Which one is chosen does not change.
+    """
+    from triton.runtime import autotuner
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    original = autotuner.Autotuner._bench
+    compiled: set[tuple[int, ...]] = set()
+
+    def bench(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
+        # The arguments are the same objects for every configuration of one search.
+        search = (id(self), *map(id, args))
+        if search not in compiled:
+            compiled.add(search)
+            with AsyncCompileMode(executor, ignore_errors=True):
+                for other in self.prune_configs(meta):
+                    self.fn.run(*args, **{**meta, **other.all_kwargs(), "warmup": True})
+        with turn():
+            return original(self, *args, config=config, **meta)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+        autotuner.Autotuner._bench = bench
+        try:
+            yield
+        finally:
+            autotuner.Autotuner._bench = original

@@ -6,24 +6,20 @@ fewer operations than segments of mixed lengths do.
 
 import dataclasses
 import functools
-import importlib.util
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench import peers
-from pallas_kernels.bench.timing import Row, milliseconds
+from pallas_kernels.bench import common
+from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds, turn
 from pallas_kernels.softmax import softmax_attention
 
 PEERS = ("cudnn", "torch")
 DIM = 128
 SCALE = DIM**-0.5
-CACHE_BYTES = 200e6
-"""Inputs take turns over at least this much memory, four times a Hopper card's cache."""
 PASSES = {"fwd": 1.0, "fwd+bwd": 3.5}
 """Nominal operations by those of the forward, whose two products the backward's five follow."""
 
@@ -75,30 +71,26 @@ CASES = (
 )
 
 
-def run(peer_names: list[str], only: list[str]) -> list[Row]:
-    """Measures every case whose name contains one of `only` (all when empty), ours and the peers'.
+def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
+    """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come.
 
-    Times go to stderr as they come, so that a run that is cut short is not lost. Rows named "triton" force that
-    implementation where another would be chosen.
+    Rows named "triton" force that implementation where another would be chosen.
     """
-    rows: list[Row] = []
-    for case in CASES:
-        if only and not any(part in case.name for part in only):
-            continue
-        inputs = _draw(case)
+    for case in common.chosen(CASES, only):
+        queries = (case.batch, case.queries, case.heads, DIM)
+        keys = (case.batch, case.keys, case.key_heads, DIM)
+        inputs = common.draw([queries, keys, keys, queries])
         start, end = key_ranges(case)
         plain = not case.segments and case.queries == case.keys
-        found = _ours(case, "ours", inputs, *((None, None) if plain else (start, end)))
-        for row in found:
-            row.errors = _errors(inputs[0], start, end, backward=row.case.endswith("bwd"))
+        for row in _ours(case, "ours", inputs, *((None, None) if plain else (start, end))):
+            with turn():
+                row.errors = _errors(inputs[0], start, end, backward=row.case.endswith("bwd"))
+            yield row
         if plain and jax.default_backend() == "gpu":
-            found += _ours(case, "triton", inputs, start, end)
+            yield from _ours(case, "triton", inputs, start, end)
         for name in peer_names if case.peers else ():
-            found += _peer(case, name, inputs)
-        rows += found
-        for array in jax.tree.leaves(inputs):
-            array.delete()
-    return rows
+            yield from _peer(case, name, inputs)
+        common.free(inputs)
 
 
 def key_ranges(case: Case) -> tuple[jax.Array, jax.Array]:
@@ -108,23 +100,6 @@ def key_ranges(case: Case) -> tuple[jax.Array, jax.Array]:
     start = np.repeat(np.cumsum(lengths) - lengths, lengths) if lengths else np.zeros_like(end)
     shape = (case.batch, case.queries)
     return jnp.asarray(np.broadcast_to(start, shape), jnp.int32), jnp.asarray(np.broadcast_to(end, shape), jnp.int32)
-
-
-def _draw(case: Case) -> Inputs:
-    """Random q, k, v and do in bf16, as often as they take to exceed the cache."""
-    shapes = [
-        (case.batch, case.queries, case.heads, DIM),
-        (case.batch, case.keys, case.key_heads, DIM),
-        (case.batch, case.keys, case.key_heads, DIM),
-        (case.batch, case.queries, case.heads, DIM),
-    ]
-    sets = max(1, min(8, round(CACHE_BYTES / sum(2 * np.prod(shape) for shape in shapes)) + 1))
-
-    @jax.jit
-    def draw(key: jax.Array) -> list[jax.Array]:
-        return [jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(jax.random.split(key, 4), shapes)]
-
-    return [draw(jax.random.key(i)) for i in range(sets)]
 
 
 def _row(case: Case, what: str, name: str, *, pairs: int) -> Row:
@@ -142,18 +117,15 @@ def _both(attend: Any) -> Any:
     return run
 
 
-def _ours(case: Case, name: str, inputs: Inputs, start: jax.Array | None, end: jax.Array | None) -> list[Row]:
+def _ours(case: Case, name: str, inputs: Inputs, start: jax.Array | None, end: jax.Array | None) -> Iterator[Row]:
     attend = functools.partial(
         softmax_attention, scale=SCALE, k_start=start, k_end=end, implementation=None if name == "ours" else name
     )
-    rows = []
     for what in PASSES:
         row = _row(case, what, name, pairs=case.pairs)
         function = _both(attend) if what == "fwd+bwd" else lambda q, k, v, do: attend(q, k, v)
         row.ms = milliseconds(jax.jit(function), inputs)
-        _say(row)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _errors(
@@ -177,32 +149,19 @@ def _errors(
 
     found = jax.jit(functools.partial(results, None))(q, k, v, do)
     right = jax.jit(functools.partial(results, "dense"))(*(x.astype(jnp.float32) for x in (q, k, v, do)))
-    return {
-        name: float(jnp.linalg.norm(found[name].astype(jnp.float32) - x) / jnp.linalg.norm(x))
-        for name, x in right.items()
-    }
+    return common.relative_errors(found, right)
 
 
-def _peer(case: Case, name: str, inputs: Inputs) -> list[Row]:
+def _peer(case: Case, name: str, inputs: Inputs) -> Iterator[Row]:
     """Times a peer on the case, or on its like: a batch of rows of the segments' mean length."""
     rows_each = max(1, len(case.segments))
     length = case.queries // rows_each
-    note = f"as a batch of {case.batch * rows_each} x {length}" if case.segments else ""
     batches = [[x.reshape(-1, length, *x.shape[2:]) for x in arrays] for arrays in inputs]
-    rows = []
     for what in PASSES:
         row = _row(case, what, name, pairs=rows_each * length * (length + 1) // 2)
-        row.note = note
-        if importlib.util.find_spec("jax" if name == "cudnn" else name) is None:
-            row.note = "not installed"
-        else:
-            try:
-                row.ms = {"cudnn": _cudnn, "torch": _torch}[name](batches, backward=what == "fwd+bwd")
-            except Exception as error:  # a peer's failure is a finding about the peer, and the other rows still count
-                row.note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-        _say(row)
-        rows.append(row)
-    return rows
+        row.note = f"as a batch of {case.batch * rows_each} x {length}" if case.segments else ""
+        measure = functools.partial({"cudnn": _cudnn, "torch": _torch}[name], batches, backward=what == "fwd+bwd")
+        yield common.peer(row, "jax" if name == "cudnn" else name, measure)
 
 
 def _cudnn(inputs: Inputs, *, backward: bool) -> float:
@@ -227,8 +186,4 @@ def _torch(inputs: Inputs, *, backward: bool) -> float:
         if backward:
             torch.autograd.grad(o, (q, k, v), do)
 
-    return peers._torch_milliseconds(call, sets)
-
-
-def _say(row: Row) -> None:
-    print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
+    return torch_milliseconds(call, sets)

@@ -1,13 +1,16 @@
 """The benchmark's arithmetic and plumbing, on a platform whose times mean nothing."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.bench import __main__, ceilings, decode, lightning, norm_gate, peers, timing
+from pallas_kernels.bench import __main__, ceilings, common, decode, lightning, norm_gate, peers, plot, timing
 
 
 def test_table_relates_times_to_ceilings_and_peers() -> None:
@@ -31,25 +34,33 @@ def test_milliseconds_counts_one_call() -> None:
     assert 0 < timing.milliseconds(once, [(x,)], repeats=3) < timing.milliseconds(often, [(x,)], repeats=3)
 
 
+def fail(*_: object, **__: object) -> float:
+    raise RuntimeError("out of registers\nand more")
+
+
 def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward rows carry times and errors; a peer that is missing or fails leaves a row that says so."""
     monkeypatch.setattr(lightning, "CASES", (lightning.Case("small", 1, 100, 2, segments=3),))
-    monkeypatch.setattr(lightning, "CACHE_BYTES", 0)
+    monkeypatch.setattr(common, "CACHE_BYTES", 0)
     monkeypatch.setattr(timing.milliseconds, "__defaults__", None)
     monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
-    monkeypatch.setattr(peers, "available", lambda name: name == "fla")
-    rows = lightning.run(["jla", "fla"], ["small"])
+    monkeypatch.setattr(peers, "lightning", fail)
+    # "json" stands for a peer that is installed, and fails.
+    rows = list(lightning.run(["no_such_module", "json"], ["small"]))
     assert [(row.case, row.implementation) for row in rows] == [
         ("small fwd", "ours"),
         ("small fwd+bwd", "ours"),
-        *[(f"small {what}", name) for name in ("jla", "fla") for what in ("fwd", "fwd+bwd")],
+        *[(f"small {what}", name) for name in ("no_such_module", "json") for what in ("fwd", "fwd+bwd")],
     ]
     assert all(row.ms is not None for row in rows[:2])
     assert set(rows[1].errors) == {"o", "state", "dq", "dk", "dv"}
     assert max(rows[1].errors.values()) < 1e-2
+    assert rows[1].flops == 3.5 * 100 * 2 * (2 * 64 * 128 + 4 * 128**2)
+    assert "20 of 20 repeats bit-identical" in rows[1].note
+    assert "work space" in rows[0].note
     assert rows[2].note == "not installed"
-    assert rows[4].note.startswith("failed: ")
-    assert lightning.run([], ["no such case"]) == []
+    assert rows[4].note == "failed: RuntimeError: out of registers"
+    assert list(lightning.run([], ["no such case"])) == []
 
 
 @pytest.fixture
@@ -58,15 +69,15 @@ def once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.milliseconds, "__defaults__", None)
     monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
     monkeypatch.setattr(norm_gate, "CASES", (norm_gate.Case("small", 1, 32, 1),))
-    monkeypatch.setattr(norm_gate, "CACHE_BYTES", 0)
+    monkeypatch.setattr(common, "CACHE_BYTES", 0)
     monkeypatch.setattr(decode, "CASES", (decode.Case("small", 2, 2, heads=1, slots=True),))
     monkeypatch.setattr(decode, "REPEATS", 1)
     monkeypatch.setattr(decode, "STEPS", 4)
 
 
-def test_norm_gate_rows(once: None, capfd: pytest.CaptureFixture[str]) -> None:
-    """Both directions with errors, the XLA form beside ours; a missing peer says so; every row is shown as it comes."""
-    rows = norm_gate.run(["xla", "fla"], [])
+def test_norm_gate_rows(once: None) -> None:
+    """Both directions with errors, the XLA form beside ours; a missing peer says so."""
+    rows = list(norm_gate.run(["xla", "fla"], []))
     assert [(row.case, row.implementation) for row in rows] == [
         (f"small {what}", name) for name in ("ours", "xla", "fla") for what in ("fwd", "fwd+bwd")
     ]
@@ -75,8 +86,7 @@ def test_norm_gate_rows(once: None, capfd: pytest.CaptureFixture[str]) -> None:
     assert 0 < max(rows[1].errors.values()) < 1e-2
     assert all(row.ms is not None for row in rows[:4])
     assert rows[4].note == "not installed"
-    assert capfd.readouterr().err.count("small fwd") == 6
-    assert norm_gate.run([], ["no such case"]) == []
+    assert list(norm_gate.run([], ["no such case"])) == []
 
 
 def test_decode_rows(once: None) -> None:
@@ -87,7 +97,7 @@ def test_decode_rows(once: None) -> None:
     assert xla.ms is not None
     assert max(ours.errors.values()) < 3e-3
     assert missing.note == "not installed"
-    assert decode.run([], ["no such case"]) == []
+    assert list(decode.run([], ["no such case"])) == []
 
 
 def test_operations_and_peers_are_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +106,7 @@ def test_operations_and_peers_are_checked(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         __main__.main()
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("lightning", "softmax", "norm_gate", "decode", "grouped_matmul"))
+    assert all(name in shown for name in ("lightning", "softmax", "norm_gate", "decode", "grouped_matmul", "plot"))
     monkeypatch.setattr(sys, "argv", ["bench", "sorting"])
     with pytest.raises(SystemExit):
         __main__.main()
@@ -106,18 +116,72 @@ def test_operations_and_peers_are_checked(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_command_needs_a_gpu_and_writes_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Without a GPU the command refuses; with one it prints the table and writes what it measured."""
+    """Without a GPU the command refuses; with one it prints the table and has written what a stopped run measured."""
     path = tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["bench", "lightning", "--json", str(path)])
+    monkeypatch.setattr(sys, "argv", ["bench", "lightning", "--json", str(path), "--turns", str(tmp_path / "turns")])
     if jax.default_backend() != "gpu":
         assert __main__.main() == 1
         assert "need a GPU" in capsys.readouterr().err
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(ceilings, "copy_gbps", lambda: 3000.0)
     monkeypatch.setattr(ceilings, "matmul_tflops", lambda: 700.0)
-    monkeypatch.setattr(lightning, "run", lambda peers, only: [timing.Row("R fwd", "ours", ms=0.2, bytes=5 * 10**8)])
+    rows = [timing.Row("R fwd", "ours", ms=0.2, bytes=5 * 10**8), timing.Row("R fwd", "jla", ms=0.3)]
+    monkeypatch.setattr(lightning, "run", lambda peers, only: iter(rows))
     assert __main__.main() == 0
-    assert "R fwd" in capsys.readouterr().out
-    assert json.loads(path.read_text())["rows"][0]["ms"] == 0.2
+    shown = capsys.readouterr()
+    assert "R fwd" in shown.out
+    assert shown.err.count("R fwd") == 2
+    assert [row["ms"] for row in json.loads(path.read_text())["rows"]] == [0.2, 0.3]
+
+    def interrupted(peers: list[str], only: list[str]) -> Iterator[timing.Row]:
+        yield rows[1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightning, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        __main__.main()
+    assert [row["ms"] for row in json.loads(path.read_text())["rows"]] == [0.3]
+
+
+def test_processes_time_in_turn(tmp_path: Path) -> None:
+    """Who holds the turn keeps another that names the same file waiting, and no one that names none."""
+    path = tmp_path / "turns"
+    code = f"""
+from pathlib import Path
+from pallas_kernels.bench import timing
+print("ready", flush=True)
+with timing.taking_turns(Path({str(path)!r})), timing.turn(), timing.turn():
+    print("mine")
+"""
+    with timing.taking_turns(path):
+        with timing.turn():
+            other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+            assert other.stdout is not None
+            assert other.stdout.readline() == "ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                other.wait(timeout=1)
+            with timing.taking_turns(None), timing.turn():
+                assert other.poll() is None
+        assert other.communicate(timeout=60)[0] == "mine\n"
+
+
+def test_plot_draws_every_line(tmp_path: Path) -> None:
+    """Lengths by heads, pass and whose, a later file's time in place of an earlier one's; other rows are left out."""
+
+    def written(name: str, **rows: float | None) -> Path:
+        records = [{"case": case, "implementation": "ours", "ms": ms} for case, ms in rows.items()]
+        (tmp_path / name).write_text(json.dumps({"rows": records}))
+        return tmp_path / name
+
+    first = {"R: B1 T8192 N64 fwd": 0.2, "B1 T32768 N64 fwd": 0.9, "B1 T8192 N8 fwd+bwd": 0.3, "B4 T8192 N64 fwd": 0.8}
+    files = [
+        written("a.json", **first),
+        written("b.json", **{"B1 T32768 N64 fwd": 0.8, "B1 T32768 N64 packed 16 fwd": 1.0, "B1 T8192 N16 fwd": None}),
+    ]
+    assert plot.read(files) == {(64, "fwd", "ours"): {8192: 0.2, 32768: 0.8}, (8, "fwd+bwd", "ours"): {8192: 0.3}}
+    plot.draw(files, tmp_path / "times.png")
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no rows named like"):
+        plot.draw([written("c.json")], tmp_path / "none.png")

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.bench import common, timing
 from pallas_kernels.bench import grouped_matmul as bench
-from pallas_kernels.bench import timing
 from pallas_kernels.grouped_matmul import grouped_matmul, implementations, triton
 from tests.kernels import cases, test_triton
 
@@ -220,9 +220,9 @@ def test_triton_refuses_what_it_cannot_run() -> None:
 def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows carry times, operations and errors; a peer that fails or is missing leaves a row that says so."""
     monkeypatch.setattr(bench, "CASES", (bench.Case("small", 64, 4, 32, 64),))
-    monkeypatch.setattr(bench, "CACHE_BYTES", 0)
+    monkeypatch.setattr(common, "CACHE_BYTES", 0)
     monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
-    rows = bench.run(["einsum", "torch"], ["small"])
+    rows = list(bench.run(["einsum", "torch"], ["small"]))
     assert [(row.case, row.implementation) for row in rows] == [
         (f"small {what}", name) for what in ("fwd", "dx", "dw", "fwd+bwd") for name in ("ours", "einsum", "torch")
     ]
@@ -230,4 +230,4 @@ def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> No
         assert (row.ms is not None) == (row.implementation != "torch" or row.note == "")
         assert row.flops == 2 * 64 * 32 * 64 * (3 if row.case.endswith("bwd") else 1)
     assert max(max(row.errors.values()) for row in rows if row.implementation == "ours") < 1e-2
-    assert bench.run([], ["no such case"]) == []
+    assert list(bench.run([], ["no such case"])) == []

@@ -20,17 +20,16 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from pallas_kernels import dispatch, softmax
+from pallas_kernels.bench import common, timing
 from pallas_kernels.bench import softmax as bench
-from pallas_kernels.bench import timing
 from pallas_kernels.lightning import mosaic_tpu_bundles
 from pallas_kernels.softmax import chunked, splash, triton
 from pallas_kernels.softmax.chunked import Ranges
-from tests.kernels import cases, test_mosaic_tpu, test_triton
+from tests.kernels import cases, test_triton
 
 RESULTS = ("o", "lse", "dq", "dk", "dv")
 SHARED_MEMORY = {8.0: 99 * 1024, 9.0: 227 * 1024}  # sm_86 and sm_89 have the least of those that run sm_80's tiles
 compiled = test_triton.compiled
-compiler = test_mosaic_tpu.compiler
 
 
 def draw(batch: int, queries: int, keys: int, heads: int, key_heads: int, dim: int, dtype=np.float32) -> dict:
@@ -373,9 +372,9 @@ def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> No
     """Forward and backward rows carry times, operations and errors; a peer that fails leaves a row that says so."""
     small = bench.Case("small", 1, 96, 96, 2, 1, segments=(32, 24, 40))
     monkeypatch.setattr(bench, "CASES", (small, bench.Case("offset", 1, 8, 40, 2, 1, peers=False)))
-    monkeypatch.setattr(bench, "CACHE_BYTES", 0)
+    monkeypatch.setattr(common, "CACHE_BYTES", 0)
     monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
-    rows = bench.run(["cudnn", "torch"], [])
+    rows = list(bench.run(["cudnn", "torch"], []))
     assert [(row.case, row.implementation) for row in rows] == [
         *[(f"small {what}", name) for name in ("ours", "cudnn", "torch") for what in ("fwd", "fwd+bwd")],
         *[(f"offset {what}", "ours") for what in ("fwd", "fwd+bwd")],
@@ -383,5 +382,5 @@ def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> No
     assert [row.ms is not None for row in rows] == [True, True, *[jax.default_backend() == "gpu"] * 4, True, True]
     assert all(max(row.errors.values()) < 1e-2 for row in rows if row.implementation == "ours")
     assert rows[0].flops == 4 * 128 * 2 * sum(n * (n + 1) / 2 for n in (32, 24, 40))
-    assert bench.run([], ["no such case"]) == []
+    assert list(bench.run([], ["no such case"])) == []
     assert sum(bench.mixed_lengths(16, 2048)) == 32768
