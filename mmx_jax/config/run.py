@@ -239,13 +239,20 @@ class CompilerConfig:
 
     tpu: tuple[tuple[str, str], ...] = (("xla_tpu_enable_async_all_to_all", "true"),)
     """(name, value) pairs on TPU. The default lets tokens travel to their experts while others are multiplied."""
+    gpu: tuple[tuple[str, str], ...] = ()
+    """(name, value) pairs on GPUs."""
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in self.tpu]
-        if wrong := [name for name in names if not name.startswith("xla_")]:
-            fail(self, "tpu", f"options of XLA begin with 'xla_', got {wrong}")
-        if len(names) != len(set(names)):
-            fail(self, "tpu", "names an option twice")
+        for field in ("tpu", "gpu"):
+            names = [name for name, _ in getattr(self, field)]
+            if wrong := [name for name in names if not name.startswith("xla_")]:
+                fail(self, field, f"options of XLA begin with 'xla_', got {wrong}")
+            if len(names) != len(set(names)):
+                fail(self, field, "names an option twice")
+
+    def options(self, platform: str) -> dict[str, str] | None:
+        """Options for the devices of a platform, by `jax.Device.platform`; None if it has none here."""
+        return {"tpu": dict(self.tpu), "gpu": dict(self.gpu)}.get(platform)
 
 
 @dataclass(frozen=True, kw_only=True)

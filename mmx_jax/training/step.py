@@ -74,7 +74,7 @@ def make_train_step(
 
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
     shardings = (shardings_of(abstract), NamedSharding(mesh, PartitionSpec()))
-    options = dict(compiler.tpu) if mesh.devices.flat[0].platform == "tpu" else None
+    options = compiler.options(mesh.devices.flat[0].platform)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
