@@ -14,8 +14,8 @@ from parallel.mesh import make_mesh
 from parallel.sharding import DEFAULT_RULES, ShardingError
 
 B, T, D, E, F, K = 8, 16, 8, 8, 8, 2
-# Many devices and processes on few cores: one after another, on one worker.
-pytestmark = pytest.mark.xdist_group("parallel")
+# On one worker: what one device gives is computed once for all cases.
+pytestmark = pytest.mark.xdist_group("experts")
 
 SHARE = Fraction("1.0") * K / E
 

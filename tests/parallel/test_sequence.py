@@ -23,8 +23,8 @@ from parallel.sharding import ShardingError
 from parallel.stripes import arrange, partition
 from tests.model.common import random_params, relative, rows
 
-# Many devices and processes on few cores: one after another, on one worker.
-pytestmark = pytest.mark.xdist_group("parallel")
+# On one worker: what one device gives is computed once for all cases.
+pytestmark = pytest.mark.xdist_group("sequence")
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=64, layers=("lightning", "softmax"), num_heads=4, num_kv_heads=2, head_dim=16,

@@ -15,8 +15,8 @@ from parallel.stripes import arrange, partition
 BATCH, LENGTH, DIM = 2, 64, 8
 
 
-# Many devices and processes on few cores: one after another, on one worker.
-pytestmark = pytest.mark.xdist_group("parallel")
+# On one worker: what one device gives is computed once for all cases.
+pytestmark = pytest.mark.xdist_group("sequence_softmax")
 
 
 def inputs(heads, key_heads, dtype=jnp.float32):

@@ -22,8 +22,8 @@ from parallel.mesh import make_mesh
 from parallel.sharding import DEFAULT_RULES, constrain
 
 ROWS, LENGTH = 8, 32
-# Many devices and processes on few cores: one after another, on one worker.
-pytestmark = pytest.mark.xdist_group("parallel")
+# On one worker: what one device gives is computed once for all cases.
+pytestmark = pytest.mark.xdist_group("step")
 
 MODEL = ModelConfig(
     vocab_size=96, hidden_size=64, layers=("lightning", "softmax"), num_heads=8, num_kv_heads=2, head_dim=8,
