@@ -31,7 +31,7 @@ def random_row(seed: tuple[int, int], length: int, vocab_size: int, documents: i
     """One row of random tokens in documents of random lengths, as arrays [T] by field of `Batch`."""
     noise = np.random.default_rng(seed)
     tokens = noise.integers(0, vocab_size, length + 1, dtype=np.int32)
-    borders = 1 + noise.choice(length - 1, documents - 1, replace=False) if documents > 1 else []
+    borders = 1 + noise.choice(length - 1, documents - 1, replace=False)
     segment_ids = np.zeros(length, np.int32)
     segment_ids[[0, *borders]] = 1
     first = np.flatnonzero(segment_ids)
