@@ -1,4 +1,4 @@
-"""Attention kernels on a mesh: each device runs them on its own rows and heads.
+"""Kernels on a mesh: each device runs them on its own rows and heads.
 
 The compiler cannot split a kernel; without `jax.shard_map` it would gather the arguments of all devices on each.
 """
@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import lightning, softmax
+from pallas_kernels import norm_gate as gated_norm
 from parallel.sharding import DEFAULT_RULES, ShardingError
 
 _ROWS = ("batch", None)
 _HEADS = ("batch", None, "heads", None)
 _KEYS = ("batch", None, "kv_heads", None)
+_TOKENS = ("batch", "sequence", None, None)
 
 
 def lightning_attention(
@@ -54,8 +56,7 @@ def softmax_attention(
     Raises:
       ShardingError: neither the number of key/value heads nor that of their shards divides the other.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = math.prod(mesh.shape.get(axis, 1) for axis in DEFAULT_RULES.kv_heads)
+    ways = _ways(DEFAULT_RULES.kv_heads)
     shared = k.shape[2] < ways
     if (ways % k.shape[2]) if shared else (k.shape[2] % ways):
         raise ShardingError(
@@ -78,6 +79,30 @@ def _own_head(keys: Float[Array, "B S K H"]) -> Float[Array, "B S 1 H"]:
     axes = DEFAULT_RULES.kv_heads
     head = lax.axis_index(axes) * keys.shape[2] // lax.axis_size(axes)
     return lax.dynamic_slice_in_dim(keys, head, 1, axis=2)
+
+
+def norm_gate(
+    x: Float[Array, "B T N H"], gate_logits: Float[Array, "B T N H"], weight: Float[Array, "N H"], eps: float
+) -> Float[Array, "B T N H"]:
+    """`pallas_kernels.norm_gate.norm_gate` of each device's own tokens, on the mesh in use or on one device.
+
+    A token's statistic is over all heads: where the mesh splits these, or rows do not divide, the compiler splits the
+    portable form instead.
+    """
+    batch, length, heads = map(_ways, (DEFAULT_RULES.batch, DEFAULT_RULES.sequence, DEFAULT_RULES.heads))
+    if heads > 1 or x.shape[0] % batch or x.shape[1] % length:
+        return gated_norm.norm_gate(x, gate_logits, weight, eps)
+
+    def local(x: Array, gate_logits: Array, weight: Array) -> Array:
+        return gated_norm.norm_gate(x, gate_logits, weight, eps)
+
+    tokens = DEFAULT_RULES.spec(_TOKENS)
+    return _mapped(local, (tokens, tokens, PartitionSpec()), tokens)(x, gate_logits, weight)
+
+
+def _ways(axes: tuple[str, ...]) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def _mapped(

@@ -13,7 +13,6 @@ from mmx_jax.config import ModelConfig
 from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import LayerCache, Layout
 from pallas_kernels.lightning import decode_step, lightning_attention
-from pallas_kernels.norm_gate import norm_gate
 from parallel import lasp, local
 
 
@@ -61,7 +60,7 @@ class LightningAttention(nnx.Module):
 
     def finish(self, mixed: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Joint norm over all heads, sigmoid gate, output projection (INV-13)."""
-        gated = norm_gate(mixed, self.gate_logits(x), self.norm[...], self.norm_eps)
+        gated = local.norm_gate(mixed, self.gate_logits(x), self.norm[...], self.norm_eps)
         return self.dot.einsum("BTNH,NHD->BTD", gated, self.out[...])
 
     def __call__(

@@ -1,11 +1,11 @@
-"""The accelerated kernels lower inside the sequence axis's `jax.shard_map`, without the hardware."""
+"""The accelerated kernels lower inside `jax.shard_map`, without the hardware."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import dispatch
-from parallel import context, lasp
+from parallel import context, lasp, local
 from parallel.mesh import make_mesh
 
 PLATFORMS = {"sm_90": ("gpu", 9.0, "cuda"), "sm_80": ("gpu", 8.0, "cuda"), "tpu": ("tpu", None, "tpu")}
@@ -47,3 +47,17 @@ def test_softmax_on_gpus(exchange):
         return o.astype(jnp.float32).sum()
 
     assert lowered("sm_90", loss, key_heads=2).count(TRITON) >= 3
+
+
+@pytest.mark.parametrize(("sizes", "kernels"), [({"fsdp": 4, "sequence": 2}, 2), ({"data": 4, "tensor": 2}, 0)])
+def test_norm_gate_on_gpus(sizes, kernels):
+    """Each device runs Triton's kernels, forward and backward, on its own tokens; the compiler splits heads."""
+    x = jax.ShapeDtypeStruct((4, 1024, 8, 128), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+
+    def loss(x, gate, weight):
+        return local.norm_gate(x, gate, weight, 1e-6).astype(jnp.float32).sum()
+
+    with jax.set_mesh(make_mesh(sizes)), dispatch.target("gpu", 9.0):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, weight)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count(f"@{TRITON}") == kernels
