@@ -241,13 +241,13 @@ def test_paths_with_dots_and_links(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     monkeypatch.chdir(tmp_path / "a")
-    import_weights("../source", "../link/../work", progress=False)  # the link's parent is a, not the current folder's
-    assert (tmp_path / "a/work/checkpoints/00000000").is_dir()
+    import_weights("../source", "../link/../run", progress=False)  # the link's parent is a, not the current folder's
+    assert (tmp_path / "a/run/checkpoints/00000000").is_dir()
     monkeypatch.chdir(tmp_path / "a/b")
-    assert verify_steps(Path("../work/checkpoints"), [0], Console(quiet=True))
-    assert {d.problem for d in compare_weights(source, "../work")} == {"equal"}
-    assert CheckpointStore("../work/checkpoints").verify(0) == []
-    assert load_for_inference("../work").model == read_config(source)
+    assert verify_steps(Path("../run/checkpoints"), [0], Console(quiet=True))
+    assert {d.problem for d in compare_weights(source, "../run")} == {"equal"}
+    assert CheckpointStore("../run/checkpoints").verify(0) == []
+    assert load_for_inference("../run").model == read_config(source)
 
 
 @pytest.mark.parametrize("name", ["20261122", "00000007"])

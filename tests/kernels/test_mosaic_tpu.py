@@ -1,15 +1,9 @@
 """The TPU kernels: interpreted with race detection against a float64 recurrence, and compiled for v5p and v6e."""
 
-import fcntl
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels import dispatch
 from pallas_kernels.lightning import lightning_attention, mosaic_tpu, mosaic_tpu_bundles, mosaic_tpu_decode
@@ -116,24 +110,6 @@ def test_unsupported_calls_say_why() -> None:
         assert "64" in str(mosaic_tpu.supports("forward", (1, 256, 8, 64), jnp.bfloat16, packed=False))
         assert "float16" in str(mosaic_tpu.supports("forward", shape, jnp.float16, packed=False))
         assert "chunks" in str(mosaic_tpu.supports("backward", (1, 1 << 25, 8, WIDTH), jnp.bfloat16, packed=True))
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[None]:
-    """One process at a time compiles, without the cache: what is compiled for an absent chip cannot be read back.
-
-    libtpu keeps its own lock on the chip until the process ends, unless told that others may load it; compiling needs
-    no chip.
-    """
-    folder = jax.config.jax_compilation_cache_dir
-    with (Path(tempfile.gettempdir()) / "mmx-jax-libtpu.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
-        yield
-        jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()
 
 
 @pytest.mark.xdist_group("libtpu")

@@ -1,9 +1,6 @@
 """Mesh axes and sharding rules: what fits is built, what does not is named."""
 
-import fcntl
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +91,9 @@ def test_constrain_splits_on_the_mesh_in_use_and_is_nothing_without_one():
 
 
 @pytest.fixture
-def topology(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[jax.Device]]]:
-    """Devices of TPU slices that are not there; libtpu describes them to one process at a time."""
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    with (Path(tempfile.gettempdir()) / "mmx-jax-libtpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lambda name, **options: list(topologies.get_topology_desc(name, "tpu", **options).devices)
+def topology(compiler: None) -> Callable[..., list[jax.Device]]:
+    """Devices of TPU slices that are not there."""
+    return lambda name, **options: list(topologies.get_topology_desc(name, "tpu", **options).devices)
 
 
 @pytest.mark.xdist_group("libtpu")
