@@ -40,6 +40,7 @@ from mmx_jax.training.stages import StageSetup, Start, check_trainable, first_st
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step
 from parallel import distributed
+from parallel.connect import connect
 from parallel.mesh import make_mesh
 
 CONFIG_FILE = "config.json"
@@ -60,6 +61,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     _use_compile_cache(workdir)
     prepare_data(config, console)
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES})
+    connect(mesh)
     _say(console, f"devices: {mesh.size} x {jax.devices()[0].device_kind}; mesh {_mesh_line(mesh)}")
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())

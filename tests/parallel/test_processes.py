@@ -25,7 +25,8 @@ from tests.training.conftest import LENGTH, stores, tiny  # noqa: F401  (fixture
 # Many devices and processes on few cores: one after another, on one worker.
 pytestmark = pytest.mark.xdist_group("parallel")
 
-TIMEOUT = 180
+TIMEOUT = 600
+"""Seconds for one start of all processes on a busy host."""
 LOST_SECONDS = 60
 STEPS = 12
 
@@ -33,14 +34,14 @@ STEPS = 12
 class Run:
     """The processes of one start of `train.py`, each with its own log beside the workdir."""
 
-    def __init__(self, config: Path, workdir: Path, count: int, devices: int = 1):
+    def __init__(self, config: Path, workdir: Path, count: int):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         self.workdir = workdir
         self.logs = [Path(f"{workdir}.{index}.log") for index in range(count)]
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(process.ROOT),
         }
@@ -148,6 +149,32 @@ def test_two_processes_end_bit_equal_whatever_kills_them(short: RunConfig, tmp_p
     assert "resuming from checkpoint" in run.said(0)
     assert "[Gloo]" in run.said(1).splitlines()[0], "what the transport says is all that the second process shows"
     assert not [line for line in run.said(1).splitlines() if not line.startswith("[Gloo]")]
+    _assert_equal(calm, killed)
+
+
+@pytest.mark.full
+def test_four_processes_end_bit_equal_whatever_kills_them(short: RunConfig, tmp_path: Path) -> None:
+    """The coordinator's trainer alone is killed, then SIGTERM to one saves and ends all (code 75), then all are killed.
+
+    Tensor parts are split too, so that two processes hold the same rows, each its part of the state.
+    """
+    short = replace(short, mesh=MeshConfig(fsdp=2, tensor=2))
+    config = process.write_config(short, tmp_path / "short.py")
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    Run(config, calm, 4).finish()
+
+    run = Run(config, killed, 4)
+    run.wait_for_update(5)
+    run.trainer(0).kill()
+    _assert_lost(run, 0, 128 + signal.SIGKILL, "ended by SIGKILL")
+    run = Run(config, killed, 4)
+    run.wait_for_update(6)
+    run.processes[3].terminate()
+    assert run.wait() == [75] * 4, run.said(0)[-3000:]
+    run = Run(config, killed, 4)
+    run.wait_for_update(9)
+    run.kill()
+    Run(config, killed, 4).finish()
     _assert_equal(calm, killed)
 
 
