@@ -24,6 +24,7 @@ from pallas_kernels.arrays import accumulator
 from pallas_kernels.softmax import softmax_attention as local_attention
 from pallas_kernels.softmax import softmax_backward
 from pallas_kernels.softmax.chunked import Ranges
+from parallel.key_heads import key_head_index, own_key_head
 from parallel.sharding import Rules, ShardingError
 from parallel.stripes import AXIS, STRIPES, gather_tokens, on_ranks, partition, scatter_tokens, split, stripes_of
 
@@ -113,7 +114,7 @@ def _key_partition(k: Array) -> PartitionSpec:
 
 def _own_heads(keys: Array, partition: PartitionSpec) -> Array:
     """Of replicated key heads takes the one that this rank's query heads read."""
-    return keys if partition[2] else lax.dynamic_slice_in_dim(keys, _own_head(keys), 1, axis=2)
+    return keys if partition[2] else own_key_head(keys)
 
 
 def _all_heads(gradient: Array, keys: Array, partition: PartitionSpec) -> Array:
@@ -121,13 +122,8 @@ def _all_heads(gradient: Array, keys: Array, partition: PartitionSpec) -> Array:
     if partition[2]:
         return gradient
     zeros = jnp.zeros(keys.shape, accumulator(keys))
-    placed = lax.dynamic_update_slice_in_dim(zeros, gradient.astype(zeros.dtype), _own_head(keys), axis=2)
+    placed = lax.dynamic_update_slice_in_dim(zeros, gradient.astype(zeros.dtype), key_head_index(keys), axis=2)
     return lax.psum(placed, Rules().kv_heads).astype(keys.dtype)
-
-
-def _own_head(keys: Array) -> Array:
-    axes = Rules().kv_heads
-    return lax.axis_index(axes) * keys.shape[2] // lax.axis_size(axes)
 
 
 def _gather_forward(plan: _Plan, q: Array, k: Array, v: Array, start: Array, end: Array) -> tuple[Array, Array]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import lightning, softmax
 from pallas_kernels import norm_gate as gated_norm
+from parallel.key_heads import own_key_head
 from parallel.sharding import DEFAULT_RULES, ShardingError
 
 _ROWS = ("batch", None)
@@ -66,19 +66,12 @@ def softmax_attention(
 
     def local(q: Array, k: Array, v: Array, start: Array, end: Array) -> Array:
         if shared:
-            k, v = (_own_head(x) for x in (k, v))
+            k, v = (own_key_head(x) for x in (k, v))
         return softmax.softmax_attention(q, k, v, k_start=start, k_end=end, scale=scale)
 
     spec = DEFAULT_RULES.spec
     keys = spec(("batch", None, None, None) if shared else _KEYS)
     return _mapped(local, (spec(_HEADS), keys, keys, spec(_ROWS), spec(_ROWS)), spec(_HEADS))(q, k, v, k_start, k_end)
-
-
-def _own_head(keys: Float[Array, "B S K H"]) -> Float[Array, "B S 1 H"]:
-    """Of all key/value heads, the one that this device's query heads read."""
-    axes = DEFAULT_RULES.kv_heads
-    head = lax.axis_index(axes) * keys.shape[2] // lax.axis_size(axes)
-    return lax.dynamic_slice_in_dim(keys, head, 1, axis=2)
 
 
 def norm_gate(
