@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mmx_jax.model.likelihood import SeenLogits
+
 LOGITS_AT_ONCE = 1 << 26
 """At most about so many fp32 logits exist at a time (256 MiB)."""
 
@@ -23,18 +25,13 @@ def token_log_probs(
     V = weight.shape[1]
     rows, weight = hidden.astype(jnp.float32), weight.astype(jnp.float32)
 
-    def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        highest, total, chosen = carry
+    def step(index: Array, seen: SeenLogits) -> SeenLogits:
         start = jnp.minimum(index * chunk, V - chunk)
         part = jax.lax.dynamic_slice_in_dim(weight, start, chunk, axis=1)
         logits = jnp.einsum("BTD,DC->BTC", rows, part, precision=jax.lax.Precision.HIGHEST)
-        ids = start + jnp.arange(chunk)
-        logits = jnp.where(ids >= index * chunk, logits, -jnp.inf)
-        above = jnp.maximum(highest, logits.max(axis=-1))
-        total = total * jnp.exp(highest - above) + jnp.exp(logits - above[..., None]).sum(axis=-1)
-        here = (targets[..., None] == ids) & (ids >= index * chunk)
-        return above, total, chosen + jnp.where(here, logits, 0.0).sum(axis=-1)
+        logits = jnp.where(start + jnp.arange(chunk) >= index * chunk, logits, -jnp.inf)
+        here = (targets >= index * chunk) & (targets < start + chunk)
+        return seen.with_part(logits, jnp.where(here, targets - start, -1))
 
-    zero = jnp.zeros(targets.shape, jnp.float32)
-    highest, total, chosen = jax.lax.fori_loop(0, -(-V // chunk), step, (jnp.full_like(zero, -jnp.inf), zero, zero))
-    return chosen - highest - jnp.log(total)
+    seen = jax.lax.fori_loop(0, -(-V // chunk), step, SeenLogits.none(targets.shape))
+    return seen.chosen - seen.log_sum

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from mmx_jax.config import IN_ORDER, SequenceSplit, StageConfig
 from mmx_jax.data import Batch
 from mmx_jax.model import TextModel
+from mmx_jax.model.likelihood import SeenLogits
 from parallel.sharding import constrain
 from parallel.stripes import arrange
 
@@ -109,22 +110,14 @@ def _token_losses_forward(
     chunks = vocab_chunks(weight.astype(hidden.dtype), vocab_chunk)
     count = chunks.shape[0]
 
-    def step(carry: tuple[Array, Array, Array], item: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
-        highest, total, target_logit = carry
+    def step(seen: SeenLogits, item: tuple[Array, Array]) -> tuple[SeenLogits, None]:
         index, chunk = item
         logits = _chunk_logits(hidden, chunk, index, count, vocab)
-        new_highest = jnp.maximum(highest, logits.max(axis=-1))
-        total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[..., None]).sum(axis=-1)
-        place = _place(targets, index, count)
-        found = jnp.take_along_axis(logits, jnp.maximum(place, 0)[..., None], axis=-1)[..., 0]
-        target_logit += jnp.where(place >= 0, found, 0.0)
-        return (new_highest, total, target_logit), None
+        return seen.with_part(logits, _place(targets, index, count)), None
 
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    start = (jnp.full_like(zeros, -jnp.inf), zeros, zeros)
-    (highest, total, target_logit), _ = lax.scan(step, start, (jnp.arange(count, dtype=jnp.int32), chunks))
-    log_sum = highest + jnp.log(total)
-    return log_sum - target_logit, (hidden, chunks, targets, log_sum)
+    items = (jnp.arange(count, dtype=jnp.int32), chunks)
+    seen, _ = lax.scan(step, SeenLogits.none(targets.shape), items)
+    return seen.log_sum - seen.chosen, (hidden, chunks, targets, seen.log_sum)
 
 
 def _token_losses_backward(
