@@ -3,12 +3,14 @@
 import math
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from rich.progress import track
 
 from mmx_jax.config import RunConfig, StageConfig
 from mmx_jax.data import DataError, TokenStore, check_store_vocabulary, held_out_batches
+from mmx_jax.data.held_out import HeldOutBatches
 from mmx_jax.evaluation.model import EvalModel
 from mmx_jax.evaluation.task import ALL, TaskResult, register
 
@@ -39,28 +41,50 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Scores the held-out documents of token stores; bits per byte compares models of different tokenizers."""
+class HeldOutText:
+    """Which held-out text a task reads, and in rows of what size."""
 
     stores: tuple[tuple[str, str], ...]
     """(name, folder of a token store)."""
     sequence_length: int
     """Longest context; documents are cut into windows of so many tokens."""
     batch_size: int = 8
+    """Rows of a batch."""
     max_tokens: int | None = None
-    """Tokens scored per store; None scores all."""
+    """Tokens read per store; None reads all."""
+
+    @staticmethod
+    def settings(run: RunConfig, stage: StageConfig) -> dict[str, Any]:
+        """The fields of this class for the held-out parts of a stage's sources, at its sequence length."""
+        return {
+            "stores": unique_stores(stage),
+            "sequence_length": stage.sequence_length,
+            "batch_size": run.evaluation.batch_size,
+            "max_tokens": run.evaluation.max_tokens,
+        }
+
+    def batches(self, folder: str, vocab_size: int, rows: int) -> HeldOutBatches:
+        """Batches of `rows` rows of one store.
+
+        Raises:
+          DataError: the store is missing or damaged, holds out nothing, or has more ids than a model of `vocab_size`.
+        """
+        store = TokenStore(folder, split="held_out")
+        check_store_vocabulary(store, vocab_size)
+        return held_out_batches(store, self.sequence_length, rows, self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(HeldOutText):
+    """Scores the held-out documents of token stores; bits per byte compares models of different tokenizers."""
+
     progress: bool = False
     """Shows a progress bar."""
 
     @classmethod
     def from_config(cls, run: RunConfig, stage: StageConfig) -> "HeldOut":
-        """The held-out parts of a stage's sources, at its sequence length."""
-        return cls(
-            stores=unique_stores(stage),
-            sequence_length=stage.sequence_length,
-            batch_size=run.evaluation.batch_size,
-            max_tokens=run.evaluation.max_tokens,
-        )
+        """The task on the held-out parts of a stage's sources."""
+        return cls(**cls.settings(run, stage))
 
     def run(self, model: EvalModel) -> TaskResult:
         """Measures a model.
@@ -77,9 +101,7 @@ class HeldOut:
 
     def score(self, model: EvalModel, name: str, folder: str) -> Score:
         """Scores one store."""
-        store = TokenStore(folder, split="held_out")
-        check_store_vocabulary(store, model.config.vocab_size)
-        batches = held_out_batches(store, self.sequence_length, model.batch_rows(self.batch_size), self.max_tokens)
+        batches = self.batches(folder, model.config.vocab_size, model.batch_rows(self.batch_size))
         if not (batches.tokens_scored and batches.bytes_scored):
             raise DataError(f"{folder}: its held-out part has no text to score; hold out more, or raise max_tokens")
         nats, tokens = 0.0, 0

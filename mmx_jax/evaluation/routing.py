@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmx_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
-from mmx_jax.data import Batch, TokenStore, check_store_vocabulary, held_out_batches
-from mmx_jax.evaluation.held_out import unique_stores
+from mmx_jax.data import Batch
+from mmx_jax.evaluation.held_out import HeldOutText
 from mmx_jax.evaluation.model import EvalModel
 from mmx_jax.evaluation.task import ALL, TaskResult, register
 from mmx_jax.model import TextModel
@@ -22,32 +22,20 @@ from parallel.experts import expert_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Counts the routed slots of held-out rows, and what capacity would drop of them.
+class Routing(HeldOutText):
+    """Counts the routed slots of held-out rows, and what capacity would drop of them: all rows of a batch share one.
 
     The routing itself is dropless: every layer sees what it would see without capacity.
     """
 
-    stores: tuple[tuple[str, str], ...]
-    """(name, folder of a token store)."""
-    sequence_length: int
-    batch_size: int = 8
-    """Rows whose tokens share the global capacity."""
-    max_tokens: int | None = None
-    """Tokens read per store; None reads all."""
     capacity_factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.5, 2.0)
     shards: tuple[int, ...] = (2, 4, 8)
     """Into how many equal parts the rows are cut for local capacities; those that do not divide them are left out."""
 
     @classmethod
     def from_config(cls, run: RunConfig, stage: StageConfig) -> "Routing":
-        """The held-out parts of a stage's sources, in rows of training's length."""
-        return cls(
-            stores=unique_stores(stage),
-            sequence_length=stage.sequence_length,
-            batch_size=run.evaluation.batch_size,
-            max_tokens=run.evaluation.max_tokens,
-        )
+        """The task on the held-out parts of a stage's sources."""
+        return cls(**cls.settings(run, stage))
 
     def run(self, model: EvalModel) -> TaskResult:
         """Measures a model: by capacity factor, the share of slots dropped with global and with local capacities.
@@ -73,10 +61,8 @@ class Routing:
 
     def _counts(self, model: EvalModel, folder: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """Slots [B, L, E] and tokens [B] of each batch of a store; a last one that is not full is left out."""
-        store = TokenStore(folder, split="held_out")
-        check_store_vocabulary(store, model.config.vocab_size)
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for batch in held_out_batches(store, self.sequence_length, self.batch_size, self.max_tokens):
+        for batch in self.batches(folder, model.config.vocab_size, self.batch_size):
             tokens = (batch.segment_ids != 0).sum(axis=1)
             if found and not tokens.all():
                 break
