@@ -21,6 +21,7 @@ from rich.table import Table
 from mmx_jax.checkpoint import reader
 from mmx_jax.checkpoint.errors import CheckpointDamagedError, Problem
 from mmx_jax.checkpoint.store import step_folder_name, steps_on_disk
+from mmx_jax.config.overrides import parse_flags
 
 STEP = flags.DEFINE_integer("step", None, "verify only this step", lower_bound=0)
 
@@ -101,4 +102,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

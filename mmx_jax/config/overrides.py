@@ -36,10 +36,7 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
         except ConfigError as error:
             fail_with(error)
         overrides.update(found)
-        try:
-            rest = flags.FLAGS(rest)
-        except flags.Error as error:
-            fail_with(error)
+        rest = parse_flags(rest)
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # below it, libraries tell of every file that they write
         return rest
@@ -56,6 +53,14 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
         return main(config)
 
     app.run(start, flags_parser=parse)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Reads the flags, for `app.run`; an unknown one, or a value that cannot be, ends with one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        return fail_with(error)
 
 
 def fail_with(error: Exception, code: int = EXIT_CONFIG) -> Any:

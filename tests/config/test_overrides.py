@@ -226,3 +226,21 @@ def test_the_program_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_every_program_ends_with_code_2_for_a_flag_that_nobody_knows() -> None:
+    programs = (["eval.py"], ["-m", "mmx_jax.inference.generate"], ["-m", "mmx_jax.checkpoint"])
+    running = [
+        subprocess.Popen(
+            [sys.executable, *program, "--chekpoint", "x"],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for program in programs
+    ]
+    for process in running:
+        _, said = process.communicate()
+        assert process.returncode == 2, said
+        assert "error: Unknown command line flag 'chekpoint'" in said
+        assert "Traceback" not in said
