@@ -16,7 +16,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mmx_jax.config import LIGHTNING, SOFTMAX, ModelConfig, RunConfig, hybrid_layers
+from mmx_jax.config import LIGHTNING, SOFTMAX, ConfigError, ModelConfig, RunConfig, hybrid_layers
 from mmx_jax.config.overrides import fail_with, run_with_config
 from mmx_jax.flops import (
     PUBLISHED_KINDS,
@@ -26,6 +26,7 @@ from mmx_jax.flops import (
     training_flops_per_token,
 )
 from mmx_jax.model import parameter_spec
+from mmx_jax.model.trainable import check_trainable
 
 COMPONENTS = ("embedding", LIGHTNING, SOFTMAX, "norm", "router", "experts", "ffn", "head")
 LENGTHS = (8192, 32_768, 131_072, 1_048_576)
@@ -267,6 +268,10 @@ def main(run: RunConfig) -> None:
         fail_with(
             ValueError(f"--lengths={','.join(flags.FLAGS.lengths)}: must be positive whole numbers, as in 8192,65536")
         )
+    try:
+        check_trainable(run)
+    except ConfigError as error:
+        fail_with(error)
     facts = description(run, lengths)
     if flags.FLAGS.json:
         print(json.dumps(facts, indent=1))

@@ -41,6 +41,17 @@ def test_the_command_on_the_released_model():
     assert list(facts["flops_per_token"]) == ["1000"]
 
 
+def test_the_command_refuses_patterns_that_match_nothing():
+    """Exit code 2 and one line that names the stage, the pattern and near ones, before any figure."""
+    command = [sys.executable, "-m", "mmx_jax.describe", "--config", "configs/research_60m.py"]
+    done = subprocess.run([*command, "--config.stages.0.trainable.0.pattern=hed"], capture_output=True, text=True,
+                          cwd=ROOT, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert not done.stdout
+    assert "stage 'pretrain': trainable: pattern 'hed' matches no parameter; near ones that do: 'head'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_figures_of_the_description():
     """Caches, training memory and active parameters of the released model."""
     facts = description(RELEASED, (1_000_000,))

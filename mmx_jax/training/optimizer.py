@@ -1,35 +1,14 @@
 """AdamW over groups of parameters, read from the parameter spec and the stage's trainable groups (recipe §4.5, §14)."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mmx_jax.config import ConfigError, OptimizerConfig, TrainableGroup
+from mmx_jax.config import OptimizerConfig
 from mmx_jax.model import ParamSpec
-
-
-def learning_rate_factors(specs: Mapping[str, ParamSpec], groups: tuple[TrainableGroup, ...]) -> dict[str, float]:
-    """Factor on the learning rate by parameter path; 0 for frozen ones and for those that no group names.
-
-    Raises:
-      ConfigError: for a group that names no parameter, or when nothing is left to train.
-    """
-    for group in groups:
-        if not any(fnmatchcase(path, group.pattern) for path in specs):
-            raise ConfigError(
-                f"trainable: pattern {group.pattern!r} matches no parameter, as {next(iter(specs))!r} is one"
-            )
-    factors = {
-        path: next((group.learning_rate_factor for group in groups if fnmatchcase(path, group.pattern)), 0.0)
-        for path in specs
-    }
-    if not any(factors.values()):
-        raise ConfigError("trainable: every parameter is frozen")
-    return factors
 
 
 def make_optimizer(

@@ -7,7 +7,8 @@ import pytest
 
 from mmx_jax.config import ConfigError, OptimizerConfig, RunConfig, TrainableGroup
 from mmx_jax.model import init_params, parameter_spec
-from mmx_jax.training.optimizer import learning_rate_factors, make_optimizer
+from mmx_jax.model.trainable import learning_rate_factors, near_patterns
+from mmx_jax.training.optimizer import make_optimizer
 from mmx_jax.training.state import trainable_part
 
 
@@ -70,3 +71,16 @@ def test_groups_that_cannot_work_are_refused(tiny: RunConfig) -> None:
         learning_rate_factors(specs, (TrainableGroup(pattern="hed"), TrainableGroup()))
     with pytest.raises(ConfigError, match="every parameter is frozen"):
         learning_rate_factors(specs, (TrainableGroup(learning_rate_factor=0.0),))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [("hed", "head"), ("layers/*/atention/*", "layers/*/*/attention/qkv"), ("*qvk*", "layers/*/*/attention/qkv")],
+)
+def test_patterns_near_one_that_matches_nothing(tiny: RunConfig, pattern: str, near: str) -> None:
+    """The nearest is named first, and all that are named would work."""
+    specs = parameter_spec(tiny.model)
+    found = near_patterns(pattern, specs)
+    assert found[0] == near
+    for name in found:
+        assert any(learning_rate_factors(specs, (TrainableGroup(pattern=name),)).values())
