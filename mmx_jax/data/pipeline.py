@@ -145,6 +145,11 @@ class TrainingRows:
         return self.sources[0].store.manifest.tokenizer["vocab_size"]
 
     @property
+    def tokenizer_sha256(self) -> str:
+        """Digest of the tokenizer file that all sources share."""
+        return self.sources[0].store.manifest.tokenizer["sha256"]
+
+    @property
     def fingerprint(self) -> str:
         """Digest of all that decides the rows: two streams of the same fingerprint are equal."""
         sources = [

@@ -126,6 +126,7 @@ def with_tokenizer(loaded: Loaded, path: str | Path | None = None) -> tuple[Load
 
     Raises:
       TokenizerError: none is found, or it has more ids than the model.
+      LoadError: the one that was found, not named, is another than the checkpoint was trained with.
     """
     places = [Path(path)] if path else [loaded.workdir, *(Path(source.store) for source in loaded.stage.data.sources)]
     for place in places:
@@ -137,6 +138,12 @@ def with_tokenizer(loaded: Loaded, path: str | Path | None = None) -> tuple[Load
                 raise
     else:
         raise TokenizerError(f"no tokenizer in {', '.join(map(str, places))}; name one with --tokenizer")
+    trained_with = loaded.metadata.get("tokenizer_sha256")
+    if not path and trained_with not in (None, tokenizer.sha256):
+        raise LoadError(
+            f"{tokenizer.file} (SHA-256 {tokenizer.sha256[:12]}...) is not the tokenizer that {loaded.folder} was made "
+            f"with ({trained_with[:12]}...): its ids mean other text. Bring that one back, or name one with --tokenizer"
+        )
     check_vocabulary(tokenizer.vocab_size, loaded.model.vocab_size, f"the tokenizer {tokenizer.file}")
     model = replace(
         loaded.model,

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from mmx_jax.checkpoint import CheckpointStore
-from mmx_jax.config import RunConfig, to_dict
+from mmx_jax.config import to_dict
 from mmx_jax.training.errors import Interrupted, NonFiniteError
 from mmx_jax.training.schedule import decay_start
 from mmx_jax.training.session import Hook, Session
@@ -96,7 +96,7 @@ class Checkpoints(Hook):
                 f"stage {session.stage.name!r}, step {session.progress.step}: parameters or moments are not finite; "
                 "nothing was saved, the last checkpoint is good. Lower the learning rate"
             )
-        metadata = metadata_of(session.config, session.progress.to_dict(), session.data_fingerprint)
+        metadata = metadata_of(session)
         metadata |= {"finished": session.finished, "before_decay": before_decay}
         self._store.save(update, state_tree(session.state), metadata, permanent=before_decay)
         self._saved_update = update
@@ -107,12 +107,14 @@ def state_tree(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": state.optimizer}
 
 
-def metadata_of(config: RunConfig, progress: dict[str, Any], data_fingerprint: str) -> dict[str, Any]:
-    """What is stored beside the arrays: configuration with its seed, progress with the data position, code version."""
+def metadata_of(session: Session) -> dict[str, Any]:
+    """What is stored beside the arrays: configuration with its seed, progress with the data position, what the rows and
+    their ids are, code version."""
     return {
-        "config": to_dict(config),
-        "progress": progress,
-        "data_fingerprint": data_fingerprint,
+        "config": to_dict(session.config),
+        "progress": session.progress.to_dict(),
+        "data_fingerprint": session.data_fingerprint,
+        "tokenizer_sha256": session.tokenizer_sha256,
         "code_version": code_version(),
     }
 

@@ -18,6 +18,7 @@ from mmx_jax.config import MESH_AXES, RunConfig, StageConfig, to_dict
 from mmx_jax.data import TokenStore, TrainingRows, check_store_vocabulary, held_out_batches
 from mmx_jax.data.prepare import prepare
 from mmx_jax.evaluation import TaskResult
+from mmx_jax.model.trainable import check_trainable
 from mmx_jax.training.batches import BatchFeed
 from mmx_jax.training.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, StopSignal
 from mmx_jax.training.console import ConsoleLog
@@ -36,7 +37,7 @@ from mmx_jax.training.loop import train
 from mmx_jax.training.report import final_report
 from mmx_jax.training.schedule import for_round
 from mmx_jax.training.session import Hook, Session
-from mmx_jax.training.stages import StageSetup, Start, check_trainable, first_start, next_start, resume
+from mmx_jax.training.stages import StageSetup, Start, first_start, next_start, resume
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step
 from parallel import distributed
@@ -114,11 +115,7 @@ def open_session(config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, star
     stage = config.stages[start.index]
     setup = StageSetup(config, stage, mesh)
     rows = open_rows(config, stage)
-    if start.data_fingerprint not in (None, rows.fingerprint):
-        raise CheckpointRefusedError(
-            f"stage {stage.name!r}: its token stores changed since the checkpoint; bring them back, or choose another "
-            "--workdir"
-        )
+    check_same_rows(start, rows, stage.name)
     most = max(sequences for _, sequences in stage.batch.ramp) // stage.batch.micro_batch
     batch = abstract_batch(most, stage.batch.micro_batch, stage.sequence_length, mesh)
     return Session(
@@ -134,7 +131,25 @@ def open_session(config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, star
             config.model, stage, setup.optimizer, setup.factors, setup.abstract, config.compiler
         ),
         data_fingerprint=rows.fingerprint,
+        tokenizer_sha256=rows.tokenizer_sha256,
     )
+
+
+def check_same_rows(start: Start, rows: TrainingRows, stage: str) -> None:
+    """Checks that a stage which goes on reads the rows that it began with.
+
+    Raises:
+      CheckpointRefusedError: its token stores changed; names both tokenizers where these differ.
+    """
+    if start.data_fingerprint in (None, rows.fingerprint):
+        return
+    changed, now = "its token stores changed since the checkpoint", rows.tokenizer_sha256
+    if start.tokenizer_sha256 not in (None, now):
+        changed = (
+            f"{rows.sources[0].store.folder} and its other token stores have the tokenizer of SHA-256 {now[:12]}..., "
+            f"the checkpoint was trained with that of {start.tokenizer_sha256[:12]}...: ids mean other text"
+        )
+    raise CheckpointRefusedError(f"stage {stage!r}: {changed}; bring them back, or choose another --workdir")
 
 
 def open_rows(config: RunConfig, stage: StageConfig) -> TrainingRows:

@@ -73,6 +73,8 @@ class Session:
     feed: BatchFeed
     train_step: Any
     data_fingerprint: str
+    tokenizer_sha256: str
+    """Of the tokenizer file whose ids the rows hold."""
     hooks: Sequence[Hook] = ()
     _sent: Sent | None = None
     _clock: float | None = None

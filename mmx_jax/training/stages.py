@@ -18,9 +18,10 @@ from mmx_jax.config import ConfigError, RunConfig, StageConfig, first_difference
 from mmx_jax.convert import load_safetensors
 from mmx_jax.inference.load import find_checkpoints
 from mmx_jax.model import parameter_spec
+from mmx_jax.model.trainable import learning_rate_factors
 from mmx_jax.training.checkpoints import state_tree
 from mmx_jax.training.errors import CheckpointRefusedError
-from mmx_jax.training.optimizer import learning_rate_factors, make_optimizer
+from mmx_jax.training.optimizer import make_optimizer
 from mmx_jax.training.progress import Progress
 from mmx_jax.training.schedule import decay_start, for_round
 from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, init_state, shardings_of
@@ -78,6 +79,8 @@ class Start:
     """A sentence for the reader of the console."""
     data_fingerprint: str | None = None
     """The rows that the stage began with, when it goes on."""
+    tokenizer_sha256: str | None = None
+    """The tokenizer of these rows, as far as the checkpoint says it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class SavedStep:
     def progress(self) -> Progress:
         """Its counters."""
         return Progress.from_dict(self.metadata["progress"])
+
+    @property
+    def rows(self) -> tuple[str, str | None]:
+        """Digests of the rows that its stage reads and of their tokenizer, which older checkpoints do not tell."""
+        return self.metadata["data_fingerprint"], self.metadata.get("tokenizer_sha256")
 
 
 def first_start(config: RunConfig, mesh: Mesh) -> Start:
@@ -175,20 +183,6 @@ def _from_safetensors(setup: StageSetup) -> TrainState:
     return TrainState(params, setup.fresh_optimizer(params))
 
 
-def check_trainable(config: RunConfig) -> None:
-    """Checks, before the first of them is trained, that each stage's trainable groups fit the model.
-
-    Raises:
-      ConfigError: names the stage, and the pattern that matches no parameter.
-    """
-    specs = parameter_spec(config.model)
-    for stage in config.stages:
-        try:
-            learning_rate_factors(specs, stage.trainable)
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name!r}: {error}") from error
-
-
 def saved_steps(store: CheckpointStore) -> list[SavedStep]:
     """Checkpoints of this run that can be looked at, newest first; the others are named in the log."""
     return [SavedStep(number, store.metadata(number)) for number in distributed.agree(lambda: _readable(store))]
@@ -271,7 +265,7 @@ def resume(config: RunConfig, mesh: Mesh, store: CheckpointStore, *, reported: b
         if finished and not last:
             return next_start(config, mesh, index + 1, state, progress)
         where = f"checkpoint {saved.number}: stage {progress.stage!r}, step {progress.step:,}, row {progress.row:,}"
-        return Start(index, state, progress, f"resuming from {where}", saved.metadata["data_fingerprint"])
+        return Start(index, state, progress, f"resuming from {where}", *saved.rows)
     store.restore({"params": {}})  # every step there is, is damaged: says so, naming what is wrong with the oldest
     return None
 
@@ -299,8 +293,7 @@ def _another_round(setup: StageSetup, store: CheckpointStore, steps: list[SavedS
             progress = replace(saved.progress, update=end.number, round=end.progress.round + 1)
             where = f"checkpoint {saved.number}, before the decay, for one more budget"
             index = setup.config.stages.index(setup.stage)
-            fingerprint = saved.metadata["data_fingerprint"]
-            return Start(index, state, progress, f"finished before: going on from {where}", fingerprint)
+            return Start(index, state, progress, f"finished before: going on from {where}", *saved.rows)
     raise CheckpointRefusedError(
         f"{store.folder}: the run is finished, and no step from before its decay, from which one more budget could go "
         "on, is there and good. Bring one back, take --config.report.continue_finished=False, or start another "

@@ -87,6 +87,17 @@ def test_folders_without_a_model_are_named(trained, tmp_path):
         with_tokenizer(dataclasses.replace(loaded, stage=moved))
 
 
+def test_another_tokenizer_than_the_checkpoints_is_refused(ready):
+    """Checkpoints hold a digest of theirs; one that is named by hand is taken all the same."""
+    loaded, tokenizer = ready
+    same = dataclasses.replace(loaded, metadata={**loaded.metadata, "tokenizer_sha256": tokenizer.sha256})
+    assert with_tokenizer(same)[1].sha256 == tokenizer.sha256
+    other = dataclasses.replace(loaded, metadata={**loaded.metadata, "tokenizer_sha256": 64 * "0"})
+    with pytest.raises(LoadError, match=rf"SHA-256 {tokenizer.sha256[:12]}.* is not the tokenizer that .*0{{12}}"):
+        with_tokenizer(other)
+    assert with_tokenizer(other, tokenizer.file)[1].sha256 == tokenizer.sha256
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -37,9 +37,8 @@ def _update(session: Session) -> tuple[Batch, float]:
 
 
 def _save(store: CheckpointStore, session: Session) -> dict:
-    metadata = metadata_of(session.config, session.progress.to_dict(), session.data_fingerprint)
     tree = state_tree(session.state)
-    store.save(session.progress.update, tree, metadata | {"finished": False, "before_decay": False})
+    store.save(session.progress.update, tree, metadata_of(session) | {"finished": False, "before_decay": False})
     store.wait()
     return jax.tree.map(np.array, tree)
 

@@ -29,7 +29,7 @@ from mmx_jax.config import (
     TrainableGroup,
     from_dict,
 )
-from mmx_jax.data import DataError, TrainingRows
+from mmx_jax.data import DataError, TokenStore, TrainingRows
 from mmx_jax.training.errors import CheckpointRefusedError, Interrupted, NonFiniteError, WorkdirError
 from mmx_jax.training.hooks import JsonLines
 from mmx_jax.training.run import run
@@ -169,6 +169,24 @@ def test_other_data_is_refused(
     monkeypatch.setattr(TrainingRows, "fingerprint", "another")
     with pytest.raises(CheckpointRefusedError, match="token stores changed since the checkpoint"):
         _run(short, two_rounds[0])
+
+
+def test_another_tokenizer_is_refused(short: RunConfig, two_rounds: tuple[Path, str, str]) -> None:
+    """Checkpoints hold the digest of the tokenizer; a run does not go on with another one, and both are named."""
+    workdir, _, _ = two_rounds
+    sources = short.stages[0].data.sources
+    digest = TokenStore(sources[0].store).manifest.tokenizer["sha256"]
+    assert CheckpointStore(workdir / "checkpoints").metadata(24)["tokenizer_sha256"] == digest
+    kept = {path: path.read_text() for path in (Path(source.store) / "manifest.json" for source in sources)}
+    try:
+        for path, text in kept.items():
+            path.write_text(text.replace(digest, 64 * "0"))
+        words = rf"SHA-256 0{{12}}\.\.\., the checkpoint was trained with that of {digest[:12]}\.\.\."
+        with pytest.raises(CheckpointRefusedError, match=words):
+            _run(short, workdir)
+    finally:
+        for path, text in kept.items():
+            path.write_text(text)
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
