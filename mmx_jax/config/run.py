@@ -250,9 +250,11 @@ class CompilerConfig:
             if len(names) != len(set(names)):
                 fail(self, field, "names an option twice")
 
-    def options(self, platform: str) -> dict[str, str] | None:
+    def options(self, platform: str) -> dict[str, str | bool] | None:
         """Options for the devices of a platform, by `jax.Device.platform`; None if it has none here."""
-        return {"tpu": dict(self.tpu), "gpu": dict(self.gpu)}.get(platform)
+        if platform == "gpu":  # (where XLA does not read "true")
+            return {name: {"true": True, "false": False}.get(value, value) for name, value in self.gpu}
+        return dict(self.tpu) if platform == "tpu" else None
 
 
 @dataclass(frozen=True, kw_only=True)

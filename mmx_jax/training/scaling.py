@@ -13,6 +13,7 @@ lost. Exit code 1 if a mesh failed or lost rows, or the losses differ by more th
 """
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -50,6 +51,7 @@ _DOCUMENTS = flags.DEFINE_integer("documents", 1, "Documents that are packed int
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for profiler traces of the meshes, to read their overlap from.")
 _JSON = flags.DEFINE_string("json", None, "Also write the measurements to this file.")
 
+_BEGUN = time.monotonic()
 PROFILED_STEPS = 2
 LOSS_TOLERANCE = 1e-3
 """Relative; bf16 sums in another order differ by about a hundredth of it."""
@@ -87,7 +89,7 @@ class Measurement:
     sequence_length: int
     compile_seconds: float
     program_bytes: int
-    """Memory of one device that the compiled step needs: state, batch, temporaries, code."""
+    """Memory of one device that the compiled step needs at its peak: state, batch, temporaries, code."""
     start: tuple[Figures, ...] = ()
     """Figures of the first rows at the initial parameters."""
     step_seconds: tuple[float, ...] = ()
@@ -139,7 +141,7 @@ class Prepared:
 
     @classmethod
     def of(cls, config: RunConfig, axis: str, devices: Sequence[jax.Device]) -> "Prepared":
-        """Lowers the step; the configuration's mesh takes all of `devices`.
+        """Lowers the step, kernels compiled; the configuration's mesh takes all of `devices`.
 
         Raises:
           MeshError, ShardingError: the configuration does not fit the mesh.
@@ -153,12 +155,16 @@ class Prepared:
                    for dtype in (jnp.int32, jnp.float32))  # fmt: skip
         step = make_train_step(config.model, stage, setup.optimizer, setup.factors, setup.abstract, config.compiler)
         with jax.set_mesh(mesh):
-            return cls(axis, config, setup, batch, step.lower(setup.abstract, batch, *scalars))
+            lowered = step.lower(setup.abstract, batch, *scalars)
+        say(f"{axis}: lowered")
+        return cls(axis, config, setup, batch, lowered)
 
     def compile(self) -> tuple[Any, float]:
         """The compiled step, and the seconds that it took."""
         begun = time.perf_counter()
-        return self.lowered.compile(), time.perf_counter() - begun
+        compiled = self.lowered.compile()
+        say(f"{self.axis}: compiled")
+        return compiled, time.perf_counter() - begun
 
     def measure(self, step: Any, starts: int, plan: Plan) -> dict[str, Any]:
         """Initialises and times the compiled step; returns what a `Measurement` knows of it.
@@ -172,9 +178,12 @@ class Prepared:
         batches = random_batches(self.batch, self.config.model.vocab_size, self.config.seed, plan.documents)
         with jax.set_mesh(self.setup.mesh):
             timed = Timed(step, self.setup.random_state(), np.int32(self.batch.tokens.shape[0]))
+            say(f"{self.axis}: initialised")
             start = [timed.figures(next(batches)) for _ in range(starts if plan.steps else 0)]
+            say(f"{self.axis}: losses {', '.join(f'{figures.loss:.6f}' for figures in start)}")
             rate = stage.schedule.phases[0].learning_rate
             seconds, losses = timed.run([next(batches) for _ in range(plan.steps)], rate)
+            say(f"{self.axis}: steps of {', '.join(f'{value:.4f}' for value in seconds)} s")
             overlap = {}
             if plan.profile is not None and plan.steps:
                 overlap = timed.profiled([next(batches) for _ in range(PROFILED_STEPS)], plan.profile / self.axis)
@@ -246,10 +255,14 @@ class Timed:
 
 
 def program_bytes(compiled: Any) -> int:
-    """Memory of one device that a compiled program needs while it runs."""
+    """Memory of one device that a compiled program needs at its peak."""
     stats = compiled.memory_analysis()
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return total + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
+
+
+def say(what: str) -> None:
+    """Tells on stderr what has been done, and after how many seconds."""
+    print(f"[{time.monotonic() - _BEGUN:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
 def expected_loss(one: Measurement, many: Measurement) -> float:
@@ -333,16 +346,17 @@ def compare(
       JaxRuntimeError: the step failed on one device.
     """
     runs = {axis: widened(config, axis, len(devices)) for axis in axes}
-    alone = Prepared.of(widened(config, "fsdp", 1), "none", devices[:1])
-    meshes = [Prepared.of(run, axis, devices) for axis, run in runs.items()]
+    compiling: list[tuple[Prepared, Future[tuple[Any, float]]]] = []
     with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(prepared.compile) for prepared in (alone, *meshes)]
-    parts = max(prepared.batch.tokens.size for prepared in meshes) // alone.batch.tokens.size
-    one = measured(alone, futures[0], parts, replace(plan, profile=None))
+        for axis, run in [("none", widened(config, "fsdp", 1)), *runs.items()]:
+            prepared = Prepared.of(run, axis, devices[: math.prod(mesh_sizes(run.mesh).values())])
+            compiling.append((prepared, pool.submit(prepared.compile)))
+    sizes = [prepared.batch.tokens.size for prepared, _ in compiling]
+    one = measured(*compiling[0], max(sizes) // sizes[0], replace(plan, profile=None))
     yield line(config, one, one)
-    for prepared, future in zip(meshes, futures[1:]):
+    for prepared, compiled in compiling[1:]:
         try:
-            yield line(config, one, measured(prepared, future, 1, plan))
+            yield line(config, one, measured(prepared, compiled, 1, plan))
         except jax.errors.JaxRuntimeError as error:
             yield {"axis": prepared.axis, "error": str(error)}
 

@@ -125,7 +125,7 @@ def test_the_batch_grows_with_the_axes_that_split_it() -> None:
 
 def test_options_of_the_compiler_belong_to_a_platform() -> None:
     compiler = CompilerConfig(gpu=(("xla_gpu_enable_latency_hiding_scheduler", "true"),))
-    assert compiler.options("gpu") == {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+    assert compiler.options("gpu") == {"xla_gpu_enable_latency_hiding_scheduler": True}
     assert compiler.options("cpu") is None
     with pytest.raises(ConfigError, match="gpu"):
         CompilerConfig(gpu=(("enable_latency_hiding_scheduler", "true"),))
