@@ -1,11 +1,39 @@
 """How a Triton kernel becomes a call in a jitted function, for every operation that has one."""
 
+import importlib.util
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 from pallas_kernels import dispatch
+
+
+def obstacle(written_for: Sequence[DTypeLike], *dtypes: DTypeLike) -> str | None:
+    """Says why kernels written for some dtypes cannot run on the current device on these, or None when they can."""
+    capability = dispatch.compute_capability()
+    if capability is None or capability < 8:
+        found = "no NVIDIA GPU" if capability is None else f"sm_{round(10 * capability)}"
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, found {found}"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "jax-triton is not installed"
+    for dtype in dtypes:
+        if jnp.dtype(dtype) not in written_for:
+            *names, last = (jnp.dtype(d).name for d in written_for)
+            return f"it is written for {', '.join(names)} and {last}, not {jnp.dtype(dtype).name}"
+    return None
+
+
+def tuning[Tuning](tunings: Mapping[int, Tuning], full_precision: Tuning, x: jax.Array) -> Tuning:
+    """Returns a kernel's tuning for x's dtype and this device, from those by oldest GPU (80, 90) and that for fp32."""
+    if x.dtype.itemsize == 4:
+        return full_precision
+    capability = dispatch.compute_capability()
+    assert capability is not None, "obstacle() has refused this call"
+    return tunings[90 if int(capability) == 9 else 80]
 
 
 def launch(
@@ -32,7 +60,7 @@ def launch(
         warps: warps a program.
     """
     capability = dispatch.compute_capability()
-    assert capability is not None, "supports() has refused this call"
+    assert capability is not None, "obstacle() has refused this call"
     return _jax_triton().triton_call(
         *operands,
         kernel=kernel,

@@ -5,13 +5,12 @@ rows by its gradients. Rows need not be aligned, weights are read as they lie, r
 the same kernel. `triton` and `jax_triton` are imported at the first call.
 """
 
-import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import triton_launch
 from pallas_kernels.arrays import varying_like
 from pallas_kernels.triton_launch import launch as _launch
 
@@ -45,14 +44,8 @@ FULL_PRECISION = Tiling(32, 32, 32, 4, 1, 8)
 
 def obstacle(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """Says why a call cannot run on the current device, or None when it can."""
-    capability = dispatch.compute_capability()
-    if capability is None or capability < 8:
-        found = "no NVIDIA GPU" if capability is None else f"sm_{round(10 * capability)}"
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, found {found}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed"
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it is written for bfloat16, float16 and float32, not {x.dtype.name}"
+    if reason := triton_launch.obstacle((jnp.bfloat16, jnp.float16, jnp.float32), x.dtype):
+        return reason
     if x.shape[1] % LEAST_WIDTH or w.shape[2] % LEAST_WIDTH:
         return f"widths {x.shape[1]} and {w.shape[2]} are no multiples of {LEAST_WIDTH}"
     return None
@@ -64,7 +57,7 @@ def matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool)
 
     rows, inner = x.shape
     outer = w.shape[1] if transposed else w.shape[2]
-    tiling = _tiling(ROWS, x).fitted(0, outer, inner)
+    tiling = triton_launch.tuning(ROWS, FULL_PRECISION, x).fitted(0, outer, inner)
     tiles = _tiles(group_sizes, rows, tiling.rows)
     (y,) = _launch(
         triton_kernels.rows_kernel,
@@ -95,7 +88,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.
     from pallas_kernels.grouped_matmul import triton_kernels
 
     experts, inner, outer = group_sizes.shape[0], x.shape[1], dy.shape[1]
-    tiling = _tiling(WEIGHTS, x).fitted(inner, outer, 0)
+    tiling = triton_launch.tuning(WEIGHTS, FULL_PRECISION, x).fitted(inner, outer, 0)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     (dw,) = _launch(
         triton_kernels.weights_kernel,
@@ -115,14 +108,6 @@ def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.
         warps=tiling.warps,
     )
     return varying_like(dw, x)
-
-
-def _tiling(tilings: dict[int, Tiling], x: jax.Array) -> Tiling:
-    if x.dtype.itemsize == 4:
-        return FULL_PRECISION
-    capability = dispatch.compute_capability()
-    assert capability is not None, "obstacle() has refused this call"
-    return tilings[90 if int(capability) == 9 else 80]
 
 
 class _Tiles(NamedTuple):

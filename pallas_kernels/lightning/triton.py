@@ -4,14 +4,13 @@ The backward is three more walks of the forward kernel, two of them reversed (mo
 are imported at the first call, so that this module can be asked `supports` anywhere.
 """
 
-import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import triton_launch
 from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State, Token
 from pallas_kernels.triton_launch import launch as _launch
 
@@ -21,16 +20,10 @@ DECODE_COLUMNS, DECODE_WARPS = 64, 4
 
 def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool) -> str | None:
     """Says why a call cannot run on the current device, or None: see `implementation.Implementation.supports`."""
-    capability = dispatch.compute_capability()
-    if capability is None or capability < 8:
-        found = "no NVIDIA GPU" if capability is None else f"sm_{round(10 * capability)}"
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, found {found}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed"
+    if reason := triton_launch.obstacle((jnp.bfloat16, jnp.float32), dtype):
+        return reason
     if shape[3] not in WIDTHS:
         return f"it is written for head dims {WIDTHS}, not {shape[3]}"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"it is written for bfloat16 and float32, not {jnp.dtype(dtype).name}"
     return None
 
 

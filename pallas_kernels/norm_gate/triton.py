@@ -3,14 +3,13 @@
 `triton` and `jax_triton` are imported at the first call, so that this module can be asked `supports` anywhere.
 """
 
-import importlib.util
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from pallas_kernels import dispatch
+from pallas_kernels import triton_launch
 from pallas_kernels.triton_launch import launch as _launch
 
 MOST_CHANNELS = 8192
@@ -26,15 +25,8 @@ def supports(channels: int, *dtypes: DTypeLike) -> str | None:
         channels: of a token, N * H.
         dtypes: of x, and of the weight.
     """
-    capability = dispatch.compute_capability()
-    if capability is None or capability < 8:
-        found = "no NVIDIA GPU" if capability is None else f"sm_{round(10 * capability)}"
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, found {found}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed"
-    for dtype in dtypes:
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-            return f"it is written for bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    if reason := triton_launch.obstacle((jnp.bfloat16, jnp.float32), *dtypes):
+        return reason
     if channels > MOST_CHANNELS:
         return f"a token of {channels} channels does not fit in registers, {MOST_CHANNELS} do"
     return None

@@ -6,14 +6,13 @@ is two kernels, one for dq and one for dk and dv, without atomics: the same call
 `jax_triton` are imported at the first call, so that this module can be asked `supports` anywhere.
 """
 
-import importlib.util
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import triton_launch
 from pallas_kernels.arrays import varying_like
 from pallas_kernels.softmax.chunked import Ranges
 from pallas_kernels.triton_launch import launch as _launch
@@ -41,14 +40,8 @@ FULL_PRECISION = Tiling(32, 32, 4, 1)
 
 def supports(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, scale: float) -> str | None:
     """Says why a call cannot run on the current device, or None when it can."""
-    capability = dispatch.compute_capability()
-    if capability is None or capability < 8:
-        found = "no NVIDIA GPU" if capability is None else f"sm_{round(10 * capability)}"
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, found {found}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed"
-    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it is written for bfloat16, float16 and float32, not {q.dtype.name}"
+    if reason := triton_launch.obstacle((jnp.bfloat16, jnp.float16, jnp.float32), q.dtype):
+        return reason
     if q.shape[3] not in WIDTHS:
         return f"it is written for head dims {WIDTHS}, not {q.shape[3]}"
     return f"it is written for positive scales, not {scale}" if scale <= 0 else None
@@ -59,7 +52,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges, scale: flo
     from pallas_kernels.softmax import triton_kernels
 
     batch, length, heads, _ = q.shape
-    tiling = _tiling(FORWARD, q)
+    tiling = triton_launch.tuning(FORWARD, FULL_PRECISION, q)
     o, lse = _launch(
         triton_kernels.forward_kernel,
         (q, k, v, *ranges, _walks_over_keys(ranges, k.shape[1], tiling)),
@@ -95,7 +88,7 @@ def backward(
     norm = jnp.where(some, lse * math.log2(math.e), jnp.inf).swapaxes(1, 2)
     operands = (q, k, v, do.astype(q.dtype), norm, shared, *ranges)
 
-    tiling = _tiling(QUERY_GRADIENT, q)
+    tiling = triton_launch.tuning(QUERY_GRADIENT, FULL_PRECISION, q)
     (dq,) = _launch(
         triton_kernels.query_gradient_kernel,
         (*operands, _walks_over_keys(ranges, k.shape[1], tiling)),
@@ -105,7 +98,7 @@ def backward(
         stages=tiling.stages,
         warps=tiling.warps,
     )
-    tiling = _tiling(KEY_GRADIENTS, q)
+    tiling = triton_launch.tuning(KEY_GRADIENTS, FULL_PRECISION, q)
     programs = math.ceil(k.shape[1] / tiling.keys) * k.shape[2]
     splits = _splits(heads // k.shape[2], programs * batch)
     partial = jax.ShapeDtypeStruct((splits, *k.shape), k.dtype if splits == 1 else jnp.float32)
@@ -120,14 +113,6 @@ def backward(
     )
     dq, dk, dv = (varying_like(x, q) for x in (dq, dk, dv))
     return dq, dk.sum(0).astype(k.dtype), dv.sum(0).astype(v.dtype)
-
-
-def _tiling(tilings: dict[int, Tiling], q: jax.Array) -> Tiling:
-    if q.dtype.itemsize == 4:
-        return FULL_PRECISION
-    capability = dispatch.compute_capability()
-    assert capability is not None, "supports() has refused this call"
-    return tilings[90 if int(capability) == 9 else 80]
 
 
 def _constants(q: jax.Array, k: jax.Array, tiling: Tiling, scale: float) -> dict[str, Any]:

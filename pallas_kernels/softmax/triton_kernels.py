@@ -50,27 +50,43 @@ def _attend(
 
 @triton.jit
 @no_type_check
+def _own_queries(
+    starts, ends, walks, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
+):  # fmt: skip
+    """The tile of queries of one head that this program owns.
+
+    Returns where it lies (offset of its head's keys, head, batch, first token, rows, which of these exist), the keys
+    that each row sees (start, end) and the walk over tiles of keys.
+    """
+    head, tile, batch = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS, tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = (QUERIES + TILE_Q - 1) // TILE_Q
+    tile = tiles - 1 - tile  # under a causal mask the last have most to do
+    keys = (batch * KEYS * KEY_HEADS + head // (HEADS // KEY_HEADS)) * WIDTH
+    walk = walks + (batch * tiles + tile) * 4
+    token = tile * TILE_Q
+    row = token + tl.arange(0, TILE_Q)
+    inside = row < QUERIES
+    start = tl.load(starts + batch * QUERIES + row, mask=inside, other=0)
+    end = tl.load(ends + batch * QUERIES + row, mask=inside, other=0)
+    first, whole, rest, last = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
+    return keys, head, batch, token, row, inside, start, end, first, whole, rest, last
+
+
+@triton.jit
+@no_type_check
 def forward_kernel(
     q, k, v, starts, ends, walks, out, lse,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scores) v and lse = log sum exp(scores), for one tile of queries of one head."""
-    head, tile, batch = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS, tl.program_id(1).to(tl.int64)
-    tiles: tl.constexpr = (QUERIES + TILE_Q - 1) // TILE_Q
-    tile = tiles - 1 - tile  # under a causal mask the last have most to do
     stride: tl.constexpr = KEY_HEADS * WIDTH
-    key_head = head // (HEADS // KEY_HEADS)
-    k += batch * KEYS * stride + key_head * WIDTH
-    v += batch * KEYS * stride + key_head * WIDTH
-    walk = walks + (batch * tiles + tile) * 4
-    first, whole, rest, last = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
-
-    token = tile * TILE_Q
-    row = token + tl.arange(0, TILE_Q)
-    inside = row < QUERIES
-    start = tl.load(starts + batch * QUERIES + row, mask=inside, other=0)
-    end = tl.load(ends + batch * QUERIES + row, mask=inside, other=0)
+    keys, head, batch, token, row, inside, start, end, first, whole, rest, last = _own_queries(
+        starts, ends, walks, QUERIES, KEYS, HEADS, KEY_HEADS, WIDTH, TILE_Q
+    )
+    k += keys
+    v += keys
     query = _rows(q + (batch * QUERIES * HEADS + head) * WIDTH, token, QUERIES, HEADS * WIDTH, WIDTH, TILE_Q, False)
     acc = tl.zeros((TILE_Q, WIDTH), tl.float32)
     total = tl.zeros((TILE_Q,), tl.float32)
@@ -123,21 +139,12 @@ def query_gradient_kernel(
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head. `lse` is to base 2, +inf where a query sees nothing: its weights are 0."""
-    head, tile, batch = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS, tl.program_id(1).to(tl.int64)
-    tiles: tl.constexpr = (QUERIES + TILE_Q - 1) // TILE_Q
-    tile = tiles - 1 - tile
     stride: tl.constexpr = KEY_HEADS * WIDTH
-    key_head = head // (HEADS // KEY_HEADS)
-    k += batch * KEYS * stride + key_head * WIDTH
-    v += batch * KEYS * stride + key_head * WIDTH
-    walk = walks + (batch * tiles + tile) * 4
-    first, whole, rest, last = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
-
-    token = tile * TILE_Q
-    row = token + tl.arange(0, TILE_Q)
-    inside = row < QUERIES
-    start = tl.load(starts + batch * QUERIES + row, mask=inside, other=0)
-    end = tl.load(ends + batch * QUERIES + row, mask=inside, other=0)
+    keys, head, batch, token, row, inside, start, end, first, whole, rest, last = _own_queries(
+        starts, ends, walks, QUERIES, KEYS, HEADS, KEY_HEADS, WIDTH, TILE_Q
+    )
+    k += keys
+    v += keys
     own = (batch * QUERIES * HEADS + head) * WIDTH
     query = _rows(q + own, token, QUERIES, HEADS * WIDTH, WIDTH, TILE_Q, False)
     gradient = _rows(dout + own, token, QUERIES, HEADS * WIDTH, WIDTH, TILE_Q, False)
