@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,23 @@ def _measure(arguments: argparse.Namespace) -> int:
         return 1
     device = jax.devices()[0].device_kind
     rows: list[timing.Row] = []
-    with timing.taking_turns(arguments.turns):
-        copy, matmul = ceilings.copy_gbps(), ceilings.matmul_tflops()
-        print(f"{device}, jax {jax.__version__}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
-        for row in benchmark.run(peers, _names(arguments.only)):
-            print(f"{row.case} {row.implementation}: {row.ms} ms {row.note}", file=sys.stderr, flush=True)
-            rows.append(row)
-            if arguments.json:
-                record = {
-                    "device": device,
-                    "jax": jax.__version__,
-                    "date": datetime.date.today().isoformat(),
-                    "copy_gbps": copy,
-                    "matmul_tflops": matmul,
-                    "rows": [dataclasses.asdict(row) for row in rows],
-                }
-                _replace(arguments.json, record)
+    start = time.perf_counter()
+    copy, matmul = ceilings.copy_gbps(), ceilings.matmul_tflops()
+    print(f"{device}, jax {jax.__version__}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
+    for row in benchmark.run(peers, _names(arguments.only)):
+        elapsed = time.perf_counter() - start
+        print(f"{elapsed:.0f} s: {row.case} {row.implementation} {row.ms} ms {row.note}", file=sys.stderr, flush=True)
+        rows.append(row)
+        if arguments.json:
+            record = {
+                "device": device,
+                "jax": jax.__version__,
+                "date": datetime.date.today().isoformat(),
+                "copy_gbps": copy,
+                "matmul_tflops": matmul,
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+            _replace(arguments.json, record)
     print(timing.table(rows, copy, matmul))
     return 0
 
@@ -88,9 +90,6 @@ def _parser() -> argparse.ArgumentParser:
             "--only", default="", help="time cases whose name contains one of these, comma-separated"
         )
         operation.add_argument("--json", type=Path, help="also write the measurements to this file, row by row")
-        operation.add_argument(
-            "--turns", type=Path, help="a file that names runs on the same card: they compile at once, and time in turn"
-        )
     picture = operations.add_parser("plot", help="draws time against length from what --json wrote")
     picture.add_argument(
         "files", type=Path, nargs="+", help="written by `lightning --json`; the last has the last word"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench import common
-from pallas_kernels.bench.timing import Row, turn
+from pallas_kernels.bench.timing import Row
 from pallas_kernels.lightning import decode_step
 
 PEERS = ("xla", "fla", "fla_graph")
@@ -112,17 +112,16 @@ def _ours(case: Case, implementation: str | None) -> tuple[float, str]:
     # What two more loops cost in a queue: host round trips drop out.
     _, states = queue(2, states)
     times = []
-    with turn():
-        for _ in range(REPEATS):
-            short, states = queue(1, states)
-            long, states = queue(3, states)
-            times.append((long - short) / 2)
-        holder = [states]
+    for _ in range(REPEATS):
+        short, states = queue(1, states)
+        long, states = queue(3, states)
+        times.append((long - short) / 2)
+    holder = [states]
 
-        def once() -> None:
-            holder[0] = jax.block_until_ready(loop(holder[0]))[0]
+    def once() -> None:
+        holder[0] = jax.block_until_ready(loop(holder[0]))[0]
 
-        device = _device_microseconds(once) if implementation is None else None
+    device = _device_microseconds(once) if implementation is None else None
     note = "" if device is None else f"kernel {device:.2f} us"
     return statistics.median(times) / (rounds * case.pools) * 1e3, note
 
@@ -190,11 +189,10 @@ def _fla(case: Case, graph: bool) -> float:
             call = captured.replay
             call()
         times = []
-        with turn():
-            for _ in range(REPEATS):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                call()
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
+        for _ in range(REPEATS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
     return statistics.median(times) / (rounds * case.pools) * 1e3

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench import common
-from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds, turn
+from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 PEERS = ("torch", "einsum")
@@ -53,8 +53,7 @@ def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
             [(case.rows, case.width), (case.experts, case.width, case.hidden), (case.rows, case.hidden)]
         )
         sizes = jnp.asarray(case.group_sizes())
-        with turn():
-            errors = _errors(case)
+        errors = _errors(case)
         for what in PRODUCTS:
             row = _row(case, what, "ours")
             row.ms = milliseconds(_ours(what, sizes), inputs)

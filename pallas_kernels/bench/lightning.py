@@ -1,8 +1,11 @@
 """Times lightning attention, forward and forward with backward, against the copy ceiling and its peers."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench import common, peers
-from pallas_kernels.bench.timing import Row, milliseconds, turn
+from pallas_kernels.bench.timing import Row, milliseconds
 from pallas_kernels.lightning import lightning_attention
 
 PEERS = peers.LIGHTNING
@@ -18,17 +21,21 @@ DIM = 128
 CHUNK = 64
 TENSORS = {"fwd": 4, "fwd+bwd": 11}
 """Tensors of q's size that are read or written: q, k, v, o; then q, k, v, do, dq, dk, dv."""
-REPEATED = 8192 * 4 * 64
-"""Largest number of tokens times heads at which repeats are compared bit by bit."""
 
-Inputs = Sequence[Sequence[jax.Array]]
+Inputs = Sequence[Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape to time, with the number of segments of random lengths in each row when it is packed.
+    """A shape to time.
 
-    Peers are not asked to run what takes most of the card's memory.
+    Attributes:
+        name: what is printed.
+        batch, length, heads: the shape.
+        segments: of random lengths in each row, 0 when it is not packed.
+        backward: whether the gradients are timed too.
+        peers: whether these are asked to run it: not where it takes most of the card's memory.
+        checked: whether its results are compared with the recurrence and with those of repeated calls.
     """
 
     name: str
@@ -38,11 +45,16 @@ class Case:
     segments: int = 0
     backward: bool = True
     peers: bool = True
+    checked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, T, N, H] of every tensor."""
+        return self.batch, self.length, self.heads, DIM
 
     @property
     def elements(self) -> int:
-        """How many there are in one tensor."""
-        return self.batch * self.length * self.heads * DIM
+        return math.prod(self.shape)
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -50,10 +62,10 @@ class Case:
 
 
 CASES = (
-    Case("R: B1 T8192 N64", 1, 8192, 64),
+    Case("R: B1 T8192 N64", 1, 8192, 64, checked=True),
     Case("B4 T8192 N64", 4, 8192, 64),
     Case("B1 T32768 N64", 1, 32768, 64),
-    Case("B1 T32768 N64 packed 16", 1, 32768, 64, segments=16),
+    Case("B1 T32768 N64 packed 16", 1, 32768, 64, segments=16, checked=True),
     Case("B1 T131072 N64", 1, 131072, 64),
     Case("B1 T8192 N16", 1, 8192, 16),
     Case("B1 T32768 N16", 1, 32768, 16),
@@ -68,15 +80,52 @@ CASES = (
 
 
 def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
-    """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come."""
-    for case in common.chosen(CASES, only):
-        inputs, slopes, ids = _draw(case)
-        yield from _ours(case, inputs, slopes, ids)
-        for name in peer_names if case.peers else ():
-            for what in case.passes:
-                measure = functools.partial(peers.lightning, name, inputs, slopes, ids, backward=what != "fwd")
-                yield common.peer(_row(case, what, name), name, measure)
-        common.free(inputs)
+    """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come.
+
+    Compiling takes up to half a minute for a function: all are compiled at once before the first is timed.
+    """
+    asked = [
+        (case, name, what)
+        for case in common.chosen(CASES, only)
+        for name in ("ours", *(peer_names if case.peers else ()))
+        for what in case.passes
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+        compiling = {call: _compiling(executor, *call) for call in asked if call[1] in ATTEND}
+        concurrent.futures.wait(compiling.values())
+    for case, calls in itertools.groupby(asked, lambda call: call[0]):
+        tokens = _draw(case)
+        for call in calls:
+            _, name, what = call
+            row = _row(case, what, name)
+            shared = _shared(case, name)
+            if name == "ours":
+                yield _ours(case, row, compiling[call].result(), [(*arrays, *shared) for arrays in tokens])
+            elif name == "fla":
+                yield common.peer(row, name, functools.partial(peers.fla, tokens, *shared, backward=what != "fwd"))
+            else:
+                inputs = [(*arrays, *shared) for arrays in tokens]
+                yield common.peer(row, name, functools.partial(_timed, compiling[call], inputs))
+        common.free(tokens)
+
+
+def _compiling(
+    executor: concurrent.futures.Executor, case: Case, name: str, what: str
+) -> concurrent.futures.Future[jax.stages.Compiled]:
+    """Lowers here, since that is Python, and compiles on another thread; what fails raises when it is asked for."""
+    tensor = jax.ShapeDtypeStruct(case.shape, jnp.bfloat16)
+    arguments = (*[tensor] * 3, tensor if case.backward else None, *jax.eval_shape(lambda: _shared(case, name)))
+    try:
+        lowered = jax.jit(functools.partial(_call, name, what)).lower(*arguments)
+    except Exception as error:
+        failed: concurrent.futures.Future[jax.stages.Compiled] = concurrent.futures.Future()
+        failed.set_exception(error)
+        return failed
+    return executor.submit(lowered.compile)
+
+
+def _timed(compiling: concurrent.futures.Future[jax.stages.Compiled], inputs: Inputs) -> float:
+    return milliseconds(compiling.result(), inputs)
 
 
 def _row(case: Case, what: str, name: str) -> Row:
@@ -85,8 +134,8 @@ def _row(case: Case, what: str, name: str) -> Row:
     return Row(f"{case.name} {what}", name, bytes=TENSORS[what] * 2 * case.elements, flops=flops)
 
 
-def _draw(case: Case) -> tuple[list[list[jax.Array]], jax.Array, jax.Array | None]:
-    """Random inputs as the model has them: q, k, v past SiLU (and do), the slopes of the first layer.
+def _draw(case: Case) -> Inputs:
+    """Random inputs as the model has them: q, k and v past SiLU, and do.
 
     Piece by piece, since the longest sequences leave no room for a draw's temporaries.
     """
@@ -100,41 +149,64 @@ def _draw(case: Case) -> tuple[list[list[jax.Array]], jax.Array, jax.Array | Non
             piece = piece if gradient else jax.nn.silu(piece)
             return jax.lax.dynamic_update_slice_in_dim(x, piece, i * part[1], axis=1)
 
-        return jax.lax.fori_loop(0, pieces, place, jnp.zeros((case.batch, case.length, case.heads, DIM), jnp.bfloat16))
+        return jax.lax.fori_loop(0, pieces, place, jnp.zeros(case.shape, jnp.bfloat16))
 
     tensors = 3 + case.backward
-    keys = jax.random.split(jax.random.key(0), (common.sets(2 * tensors * case.elements), tensors))
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, case.heads + 1, dtype=jnp.float32) / case.heads)
-    ids = None
-    if case.segments:
-        borders = jnp.sort(jax.random.randint(jax.random.key(1), (case.segments - 1,), 1, case.length))
-        row = jnp.searchsorted(borders, jnp.arange(case.length), side="right") + 1
-        ids = jnp.broadcast_to(row.astype(jnp.int32), (case.batch, case.length))
-    return [[draw(key, i == 3) for i, key in enumerate(row)] for row in keys], slopes, ids
+    keys = jax.random.split(jax.random.key(0), (common.sets(2 * tensors * case.elements), 4))
+    return [[draw(key, i == 3) if i < tensors else None for i, key in enumerate(row)] for row in keys]
 
 
-def _ours(case: Case, inputs: Inputs, slopes: jax.Array, ids: jax.Array | None) -> Iterator[Row]:
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, *do: jax.Array) -> jax.Array:
-        return lightning_attention(q, k, v, slopes, segment_ids=ids)
+def _shared(case: Case, name: str) -> tuple[jax.Array, jax.Array | None]:
+    """The decay as an implementation takes it, of the first layer, and the segment ids [B, T] of packed rows.
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        o, pull = jax.vjp(lambda q, k, v: lightning_attention(q, k, v, slopes, segment_ids=ids), q, k, v)
-        return o, pull(do)
-
-    functions: dict[str, Callable[..., Any]] = {"fwd": forward, "fwd+bwd": both}
-    for what in case.passes:
-        row = _row(case, what, "ours")
-        compiled = jax.jit(functions[what]).lower(*inputs[0]).compile()
-        notes = [_memory(compiled, inputs[0])]
-        row.ms = milliseconds(compiled, inputs)
-        if what == "fwd+bwd":
-            row.errors = _errors(inputs[0], slopes, ids)
-            notes += [_repeats(compiled, inputs[0])] if case.elements <= REPEATED * DIM else []
-        row.note = ", ".join(note for note in notes if note)
-        yield row
+    Both are arguments of what is timed: nothing that follows from them is computed by the compiler.
+    """
+    decay = 2.0 ** (-8.0 * jnp.arange(1, case.heads + 1, dtype=jnp.float32) / case.heads)
+    if name == "jla":
+        decay = jnp.broadcast_to(-decay, case.shape[:3])
+    if not case.segments:
+        return decay, None
+    borders = jnp.sort(jax.random.randint(jax.random.key(1), (case.segments - 1,), 1, case.length))
+    row = jnp.searchsorted(borders, jnp.arange(case.length), side="right") + 1
+    return decay, jnp.broadcast_to(row.astype(jnp.int32), (case.batch, case.length))
 
 
-def _memory(compiled: jax.stages.Compiled, arguments: Sequence[jax.Array]) -> str:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array, ids: jax.Array | None) -> jax.Array:
+    return lightning_attention(q, k, v, slopes, segment_ids=ids)
+
+
+ATTEND: dict[str, Callable[..., jax.Array]] = {"ours": _attend, "jla": peers.jla}
+"""Those in JAX; fla is not."""
+
+
+def _call(
+    name: str,
+    what: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array | None,
+    decay: jax.Array,
+    ids: jax.Array | None,
+) -> Any:
+    """The output, and forward and backward also the gradients of q, k and v."""
+    if what == "fwd":
+        return ATTEND[name](q, k, v, decay, ids)
+    o, pull = jax.vjp(lambda q, k, v: ATTEND[name](q, k, v, decay, ids), q, k, v)
+    return o, pull(do)
+
+
+def _ours(case: Case, row: Row, compiled: jax.stages.Compiled, inputs: Inputs) -> Row:
+    notes = [_memory(compiled, inputs[0])]
+    row.ms = milliseconds(compiled, inputs)
+    if case.checked and row.case.endswith("bwd"):
+        row.errors = _errors(*inputs[0])
+        notes.append(_repeats(compiled, inputs[0]))
+    row.note = ", ".join(note for note in notes if note)
+    return row
+
+
+def _memory(compiled: jax.stages.Compiled, arguments: Sequence[Any]) -> str:
     """What a call takes beside its arguments and results, as a share of these: by the allocator, else the compiler."""
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -151,7 +223,7 @@ def _memory(compiled: jax.stages.Compiled, arguments: Sequence[jax.Array]) -> st
     return f"work space {100 * extra / (given + returned):.1f}% ({how})"
 
 
-def _repeats(compiled: jax.stages.Compiled, arguments: Sequence[jax.Array], times: int = 20) -> str:
+def _repeats(compiled: jax.stages.Compiled, arguments: Sequence[Any], times: int = 20) -> str:
     """Says how many of these many calls gave the first one's bits."""
 
     @jax.jit
@@ -159,33 +231,29 @@ def _repeats(compiled: jax.stages.Compiled, arguments: Sequence[jax.Array], time
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         return jnp.stack([jnp.all(x.view(jnp.uint16) == y.view(jnp.uint16)) for x, y in pairs]).all()
 
-    with turn():
-        first = compiled(*arguments)
-        same = sum(bool(equal(first, compiled(*arguments))) for _ in range(times))
+    first = compiled(*arguments)
+    same = sum(bool(equal(first, compiled(*arguments))) for _ in range(times))
     return f"{same} of {times} repeats bit-identical"
 
 
 def _errors(
-    inputs: Sequence[jax.Array], slopes: jax.Array, ids: jax.Array | None, tokens: int = 8192
+    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, slopes: jax.Array, ids: jax.Array | None
 ) -> dict[str, float]:
     """Relative L2 errors of the fastest and the slowest head over the first tokens against the fp32 recurrence."""
-    heads = jnp.array([0, slopes.shape[0] - 1])
-    q, k, v, do = (x[:1, :tokens][:, :, heads] for x in inputs)
+    tokens, heads = 8192, jnp.array([0, slopes.shape[0] - 1])
+    given = [x[:1, :tokens][:, :, heads] for x in (q, k, v, do)]
     ids = None if ids is None else ids[:1, :tokens]
 
-    def results(implementation: str | None, *arrays: jax.Array) -> dict[str, jax.Array]:
+    def results(implementation: str | None, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
             return lightning_attention(
                 q, k, v, slopes[heads], segment_ids=ids, return_state=True, implementation=implementation
             )
 
-        (o, state), pull = jax.vjp(attend, *arrays[:3])
-        dq, dk, dv = pull((arrays[3], jnp.zeros_like(state)))
+        (o, state), pull = jax.vjp(attend, q, k, v)
+        dq, dk, dv = pull((do, jnp.zeros_like(state)))
         return {"o": o, "state": state, "dq": dq, "dk": dk, "dv": dv}
 
-    wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
     with jax.default_matmul_precision("highest"):
-        right = jax.jit(functools.partial(results, "reference")).lower(*wide).compile()
-    found = jax.jit(functools.partial(results, None)).lower(q, k, v, do).compile()
-    with turn():
-        return common.relative_errors(found(q, k, v, do), right(*wide))
+        right = jax.jit(functools.partial(results, "reference"))(*(x.astype(jnp.float32) for x in given))
+    return common.relative_errors(jax.jit(functools.partial(results, None))(*given), right)

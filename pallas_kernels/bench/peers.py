@@ -7,54 +7,37 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench.timing import milliseconds, torch_milliseconds, turn
+from pallas_kernels.bench.timing import torch_milliseconds
 
 Inputs = Sequence[Sequence[jax.Array]]
 """Sets of q, k, v and, for gradients, do [B, T, N, H]."""
 
 LIGHTNING = ("jla", "fla")
-"""The names that `lightning` knows, each also that of the module to import."""
+"""jax-linear-attention (Mosaic GPU) and flash-linear-attention (Triton, through torch); each is a module's name."""
 
 
-def lightning(name: str, inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, *, backward: bool) -> float:
-    """Returns milliseconds of a peer's forward, or forward and backward, with the same constant decay.
+def jla(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """jax-linear-attention's output for log decays of every token [B, T, N]."""
+    from jla.ops import linear_attention
+
+    o, _ = linear_attention("simple_gla", q, k, v, g=log_decay, scale=1.0, segment_ids=segment_ids, impl="mosaic_gpu")
+    return o
+
+
+def fla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, *, backward: bool) -> float:
+    """Returns milliseconds of flash-linear-attention's forward, or forward and backward, with the same constant decay.
 
     Args:
-        name: "jla" (jax-linear-attention, Mosaic GPU) or "fla" (flash-linear-attention, Triton, through torch).
         inputs: sets of q, k, v, do, bf16 [B, T, N, H].
         slopes: [N] fp32.
         segment_ids: [B, T] int32, or None.
         backward: also take the gradients of q, k and v.
 
     Raises:
-        NotImplementedError: the peer has no such form.
+        NotImplementedError: it has no such form.
     """
-    return {"jla": _jla, "fla": _fla}[name](inputs, slopes, segment_ids, backward)
-
-
-def _jla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backward: bool) -> float:
-    from jla.ops import linear_attention
-
-    shape = inputs[0][0].shape
-    gate = jnp.broadcast_to(-slopes, shape[:3]).astype(jnp.float32)
-
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array) -> jax.Array:
-        o, _ = linear_attention("simple_gla", q, k, v, g=gate, scale=1.0, segment_ids=segment_ids, impl="mosaic_gpu")
-        return o
-
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, gate: jax.Array) -> Any:
-        o, pull = jax.vjp(lambda q, k, v: forward(q, k, v, gate), q, k, v)
-        return o, pull(do)
-
-    # The gate is an argument: the compiler would spend minutes on folding it as a constant.
-    function = jax.jit(both if backward else lambda q, k, v, *rest: forward(q, k, v, rest[-1]))
-    return milliseconds(function, [(*arguments, gate) for arguments in inputs])
-
-
-def _fla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backward: bool) -> float:
     import torch
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -71,10 +54,10 @@ def _fla(inputs: Inputs, slopes: jax.Array, segment_ids: jax.Array | None, backw
         boundaries = torch.tensor([*starts, len(ids)], dtype=torch.int32, device="cuda")
     sets = [[tensor(x).clone().requires_grad_(i < 3 and backward) for i, x in enumerate(s)] for s in inputs]
 
-    def call(q: Any, k: Any, v: Any, *do: Any) -> None:
+    def call(q: Any, k: Any, v: Any, do: Any) -> None:
         o, _ = chunk_simple_gla(q, k, v, g_gamma=gamma, scale=1.0, cu_seqlens=boundaries)
         if backward:
-            torch.autograd.grad(o, (q, k, v), *do)
+            torch.autograd.grad(o, (q, k, v), do)
 
     with configurations_compiled_together():
         return torch_milliseconds(call, sets)
@@ -100,8 +83,7 @@ def configurations_compiled_together() -> Iterator[None]:
             with AsyncCompileMode(executor, ignore_errors=True):
                 for other in self.prune_configs(meta):
                     self.fn.run(*args, **{**meta, **other.all_kwargs(), "warmup": True})
-        with turn():
-            return original(self, *args, config=config, **meta)
+        return original(self, *args, config=config, **meta)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
         autotuner.Autotuner._bench = bench

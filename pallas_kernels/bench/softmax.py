@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench import common
-from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds, turn
+from pallas_kernels.bench.timing import Row, milliseconds, torch_milliseconds
 from pallas_kernels.softmax import softmax_attention
 
 PEERS = ("cudnn", "torch")
@@ -83,8 +83,7 @@ def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
         start, end = key_ranges(case)
         plain = not case.segments and case.queries == case.keys
         for row in _ours(case, "ours", inputs, *((None, None) if plain else (start, end))):
-            with turn():
-                row.errors = _errors(inputs[0], start, end, backward=row.case.endswith("bwd"))
+            row.errors = _errors(inputs[0], start, end, backward=row.case.endswith("bwd"))
             yield row
         if plain and jax.default_backend() == "gpu":
             yield from _ours(case, "triton", inputs, start, end)

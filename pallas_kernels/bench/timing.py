@@ -1,18 +1,12 @@
 """Device time of functions, and how a table of measurements is kept and printed."""
 
-import contextlib
-import contextvars
 import dataclasses
-import fcntl
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-
-_TURNS: contextvars.ContextVar[Path | None] = contextvars.ContextVar("turns", default=None)
 
 
 @dataclasses.dataclass
@@ -38,31 +32,6 @@ class Row:
     note: str = ""
 
 
-@contextlib.contextmanager
-def taking_turns(path: Path | None) -> Iterator[None]:
-    """Makes benchmarks of several processes that name the same file time one at a time, and compile all at once."""
-    token = _TURNS.set(path)
-    try:
-        yield
-    finally:
-        _TURNS.reset(token)
-
-
-@contextlib.contextmanager
-def turn() -> Iterator[None]:
-    """Waits until no other process that takes turns here is timing, and keeps them waiting."""
-    path = _TURNS.get()
-    if path is None:
-        yield
-        return
-    # Nothing inside waits again.
-    with taking_turns(None), path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    # The lock is not fair: who holds it often would always be first to take it again.
-    time.sleep(0.005)
-
-
 def milliseconds(function: Callable[..., Any], inputs: Sequence[Sequence[Any]], *, repeats: int = 9) -> float:
     """Returns the median milliseconds of a call, launch gaps included, host round trips excluded.
 
@@ -86,12 +55,11 @@ def milliseconds(function: Callable[..., Any], inputs: Sequence[Sequence[Any]], 
         jax.block_until_ready(result)
         return time.perf_counter() - start
 
-    with turn():
-        if len(inputs) == 1 and (once := statistics.median(queue(1) for _ in range(3))) > 0.01:
-            return statistics.median([once, *(queue(1) for _ in range(repeats - 1))]) * 1e3
-        short = len(inputs)
-        long = short + max(10, min(300, int(0.05 / max(queue(short) / short, 1e-6))))
-        return statistics.median((queue(long) - queue(short)) / (long - short) * 1e3 for _ in range(repeats))
+    if len(inputs) == 1 and (once := statistics.median(queue(1) for _ in range(3))) > 0.01:
+        return statistics.median([once, *(queue(1) for _ in range(repeats - 1))]) * 1e3
+    short = len(inputs)
+    long = short + max(10, min(300, int(0.05 / max(queue(short) / short, 1e-6))))
+    return statistics.median((queue(long) - queue(short)) / (long - short) * 1e3 for _ in range(repeats))
 
 
 def torch_milliseconds(call: Callable[..., None], sets: Sequence[Sequence[Any]], *, repeats: int = 20) -> float:
@@ -102,14 +70,13 @@ def torch_milliseconds(call: Callable[..., None], sets: Sequence[Sequence[Any]],
         call(*arguments)
     torch.cuda.synchronize()
     times = []
-    with turn():
-        for repeat in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call(*sets[repeat % len(sets)])
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
+    for repeat in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(*sets[repeat % len(sets)])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
     return statistics.median(times)
 
 

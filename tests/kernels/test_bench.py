@@ -1,7 +1,6 @@
 """The benchmark's arithmetic and plumbing, on a platform whose times mean nothing."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.bench import __main__, ceilings, common, decode, lightning, norm_gate, peers, plot, timing
+from pallas_kernels.bench import __main__, ceilings, common, decode, lightning, norm_gate, plot, timing
 
 
 def test_table_relates_times_to_ceilings_and_peers() -> None:
@@ -40,12 +39,13 @@ def fail(*_: object, **__: object) -> float:
 
 def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward rows carry times and errors; a peer that is missing or fails leaves a row that says so."""
-    monkeypatch.setattr(lightning, "CASES", (lightning.Case("small", 1, 100, 2, segments=3),))
+    monkeypatch.setattr(lightning, "CASES", (lightning.Case("small", 1, 100, 2, segments=3, checked=True),))
     monkeypatch.setattr(common, "CACHE_BYTES", 0)
     monkeypatch.setattr(timing.milliseconds, "__defaults__", None)
     monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
-    monkeypatch.setattr(peers, "lightning", fail)
     # "json" stands for a peer that is installed, and fails.
+    monkeypatch.setitem(lightning.ATTEND, "json", fail)
+    monkeypatch.setitem(lightning.ATTEND, "no_such_module", lightning.ATTEND["ours"])
     rows = list(lightning.run(["no_such_module", "json"], ["small"]))
     assert [(row.case, row.implementation) for row in rows] == [
         ("small fwd", "ours"),
@@ -120,7 +120,7 @@ def test_command_needs_a_gpu_and_writes_json(
 ) -> None:
     """Without a GPU the command refuses; with one it prints the table and has written what a stopped run measured."""
     path = tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["bench", "lightning", "--json", str(path), "--turns", str(tmp_path / "turns")])
+    monkeypatch.setattr(sys, "argv", ["bench", "lightning", "--json", str(path)])
     if jax.default_backend() != "gpu":
         assert __main__.main() == 1
         assert "need a GPU" in capsys.readouterr().err
@@ -143,28 +143,6 @@ def test_command_needs_a_gpu_and_writes_json(
     with pytest.raises(KeyboardInterrupt):
         __main__.main()
     assert [row["ms"] for row in json.loads(path.read_text())["rows"]] == [0.3]
-
-
-def test_processes_time_in_turn(tmp_path: Path) -> None:
-    """Who holds the turn keeps another that names the same file waiting, and no one that names none."""
-    path = tmp_path / "turns"
-    code = f"""
-from pathlib import Path
-from pallas_kernels.bench import timing
-print("ready", flush=True)
-with timing.taking_turns(Path({str(path)!r})), timing.turn(), timing.turn():
-    print("mine")
-"""
-    with timing.taking_turns(path):
-        with timing.turn():
-            other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-            assert other.stdout is not None
-            assert other.stdout.readline() == "ready\n"
-            with pytest.raises(subprocess.TimeoutExpired):
-                other.wait(timeout=1)
-            with timing.taking_turns(None), timing.turn():
-                assert other.poll() is None
-        assert other.communicate(timeout=60)[0] == "mine\n"
 
 
 def test_plot_draws_every_line(tmp_path: Path) -> None:
