@@ -19,6 +19,7 @@ import pytest
 from mmx_jax.checkpoint import CheckpointStore
 from mmx_jax.config import BatchConfig, MeshConfig, RunConfig, ScheduleConfig, SchedulePhase
 from parallel.distributed import EXIT_LOST
+from tests.parallel import late
 from tests.training import process
 from tests.training.conftest import LENGTH, stores, tiny  # noqa: F401  (fixtures)
 
@@ -31,13 +32,17 @@ LOST_SECONDS = 60
 STEPS = 12
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Run:
     """The processes of one start of `train.py`, each with its own log beside the workdir."""
 
     def __init__(self, config: Path, workdir: Path, count: int):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = f"localhost:{_free_port()}"
         self.workdir = workdir
         self.logs = [Path(f"{workdir}.{index}.log") for index in range(count)]
         environment = os.environ | {
@@ -68,6 +73,10 @@ class Run:
     def finish(self) -> None:
         codes = self.wait()
         assert set(codes) == {0}, (codes, [self.said(index)[-3000:] for index in range(len(codes))])
+        later = self.said(0).partition("devices: ")[2]
+        assert not re.findall(r"is connected to [1-9].*", later), (
+            "processes meet for the first time before they compile"
+        )
 
     def wait_for_update(self, update: int) -> None:
         end = time.monotonic() + TIMEOUT
@@ -176,6 +185,24 @@ def test_four_processes_end_bit_equal_whatever_kills_them(short: RunConfig, tmp_
     run.kill()
     Run(config, killed, 4).finish()
     _assert_equal(calm, killed)
+
+
+@pytest.mark.full
+def test_a_process_may_come_late_once_all_are_connected() -> None:
+    """Later by more than the 30 s that Gloo waits for a first meeting; two devices a process, every group of them."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(process.ROOT)
+    }  # fmt: skip
+    port = str(_free_port())
+    running = [
+        subprocess.Popen([sys.executable, late.__file__, port, str(index), seconds], env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for index, seconds in enumerate(("0", "35"))
+    ]  # fmt: skip
+    for one in running:
+        said, _ = one.communicate(timeout=TIMEOUT)
+        assert one.returncode == 0, said[-3000:]
+        assert said.splitlines().count("4.0") == 3, said[-3000:]
 
 
 @pytest.mark.full
