@@ -9,6 +9,7 @@ launch takes each piece's own state, and each CTA of the second one sums those o
 share, how wide a CTA is and how many pieces there are follows from the measured time of a step.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -21,14 +22,15 @@ from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Tuning
 from pallas_kernels.lightning.mosaic_gpu_scan import scan
 
-HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 152, 32), terms=2)
-# A second term does not fit the registers of a whole-width state warpgroup: not where a returned state needs it.
-WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(240, 224, 40), terms=1)
+HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 160, 24), terms=2)
+# One term is exact enough for gradients (2e-3), not for a returned state (1.6e-3).
+HALF_ONE = dataclasses.replace(HALF, terms=1)
+WHOLE_ONE = Tuning(tile=128, stages=2, outputs=1, registers=(248, 224, 32), terms=1)
 STATE = Tuning(tile=64, stages=4, outputs=0, terms=2)
 
 MULTIPROCESSORS = 132
 # Microseconds on an H100 with all multiprocessors busy: of a step of a CTA, of a launch, of adding a piece's state.
-STEP = {HALF: 1.45, WHOLE: 2.2, STATE: 1.0}
+STEP = {HALF: 1.45, HALF_ONE: 1.4, WHOLE_ONE: 2.2, STATE: 1.0}
 LAUNCH = 4.0
 ADD_PIECE = 1.0
 MOST_PIECES = 16
@@ -39,6 +41,8 @@ FORWARD = Job(_Q, _K, _V)
 DQ = Job(_DO, _V, _K)
 DK = Job(_V, _DO, _Q, descending=True)
 DV = Job(_K, _Q, _DO, descending=True)
+# The state of the first is that of the second, the other way round.
+MIRROR = (DV, DK)
 
 
 def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool) -> str | None:
@@ -87,7 +91,7 @@ def backward(
     if dstate is not None:
         initial |= {DK: dstate, DV: _transposed(dstate)}
     groupings: list[list[tuple[Job, ...]]] = [[(DK, DV, DQ)], [(DK, DV), (DQ,)]]
-    tunings = [HALF, WHOLE] if initial_state is None else [HALF]
+    tunings = [HALF_ONE, WHOLE_ONE] if initial_state is None else [HALF]
     results = _run(groupings, tunings, [q, k, v, do], slopes, segment_ids, initial)
     return results[DQ][0], results[DK][0], results[DV][0], results[DK][1]
 
@@ -135,10 +139,19 @@ def _cost(plan: Plan, rows: int, chunks: int) -> float:
     if steps * (plan.pieces - 1) >= chunks:
         return float("inf")  # a piece would be empty
     ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
+    if plan.tuning.outputs and len(plan.jobs) > 2 and ctas > MULTIPROCESSORS:
+        return float("inf")  # the jobs of a head drift apart and read the same operands from memory again
     time = -(-ctas // MULTIPROCESSORS) * steps * STEP[plan.tuning] + LAUNCH + ADD_PIECE * (plan.pieces - 1)
     if plan.pieces > 1 and plan.tuning.outputs:
-        time += _cost(Plan(plan.jobs, plan.pieces, STATE), rows, chunks)
+        time += _cost(_states_only(plan), rows, chunks)
     return time
+
+
+def _states_only(plan: Plan) -> Plan:
+    """The launch that takes the states which the pieces of a plan leave behind, without those that mirror another."""
+    mirror, of = MIRROR
+    jobs = tuple(job for job in plan.jobs if job != mirror or of not in plan.jobs)
+    return Plan(jobs, plan.pieces, STATE)
 
 
 def _plans(
@@ -169,8 +182,10 @@ def _run(
     for plan in _plans(groupings, tunings, batch * heads, -(-length // HALF.chunk)):
         piece_states = None
         if plan.pieces > 1:
-            states_only = Plan(plan.jobs, plan.pieces, STATE)
-            _, piece_states = scan(states_only, operands, slopes, length=length, description=description)
+            states_only = _states_only(plan)
+            _, found = scan(states_only, operands, slopes, length=length, description=description)
+            by_job = dict(zip(states_only.jobs, found, strict=True))
+            piece_states = jnp.stack([by_job[j] if j in by_job else _transposed(by_job[MIRROR[1]]) for j in plan.jobs])
         start = None
         if any(job in initial for job in plan.jobs):
             zeros = jnp.zeros((batch, heads, dim, dim), jnp.float32)

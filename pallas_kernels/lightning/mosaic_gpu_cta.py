@@ -44,6 +44,9 @@ class Cta:
         self.first = self.piece * shape.per_piece
         self.steps = jnp.minimum(shape.per_piece, shape.chunks - self.first)
         self.rate = slopes[self.head] * LOG2E
+        self.packed = "description" in given
+        # Whether a last chunk is shorter than the others and nothing else tells it from them.
+        self.ragged = not self.packed and shape.length % self.tuning.chunk > 0
         descending = [self.job == i for i, job in enumerate(plan.jobs) if job.descending]
         self.sign = jnp.where(functools.reduce(jnp.logical_or, descending, jnp.bool_(False)), -1, 1)
         # Parts of the state that one wgmma can make: 64 columns of c each.
@@ -88,7 +91,7 @@ class Cta:
         """What remains of a state that crosses a piece."""
         first = piece * self.shape.per_piece
         end = jnp.minimum(first + self.shape.per_piece, self.shape.chunks)
-        if "description" not in self.given:
+        if not self.packed:
             c = self.tuning.chunk
             return self.power(jnp.minimum(end * c, self.shape.length) - first * c)
         facts = self.given["description"].at[self.row, :, pl.ds(self.tuning.chunk, FACTS)]
@@ -119,37 +122,43 @@ class Cta:
         def spread(x: jax.Array, axis: int) -> jax.Array:
             return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), TILE)
 
-        i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
-        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
-        query_ages, query_places = (spread(x, 0) for x in self.tokens_of(self.smem["description"].at[slot], ROWS))
+        queries = spread(self.entries(self.smem["description"].at[slot], ROWS), 0)
         # From device memory: layout inference does not end when one buffer is read by rows and by columns.
-        keys = self.given["description"].at[self.row, self.chunk_at(step)]
-        key_ages, key_places = (spread(x, 1) for x in self.tokens_of(keys, COLUMNS))
-        ages = plgpu.layout_cast((query_ages - key_ages) * self.sign, TILE)
-        seen = (query_places == key_places) & (query_places > 0) & ((i - j) * self.sign >= 0)
-        return plgpu.layout_cast(jnp.where(seen, self.power(jnp.maximum(ages, 0)), 0.0), TILE)
+        keys = spread(self.entries(self.given["description"].at[self.row, self.chunk_at(step)], COLUMNS), 1)
+        # Tokens of different places are further apart than any two of one place, also where one is padding.
+        age = plgpu.layout_cast((queries - keys) * self.sign, TILE)
+        seen = (age >= 0) & (age < AGES // 2) & (queries >= AGES)
+        return plgpu.layout_cast(jnp.where(seen, self.power(jnp.where(seen, age, 0)), 0.0), TILE)
 
-    def entering(self, step: jax.Array, slot: jax.Array) -> jax.Array:
-        """Weight [C] with which each row of out sees the state entering the chunk."""
-        return self.weights(step, slot, self.sign, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING)
+    def entering(self, tokens: jax.Array | int) -> jax.Array:
+        """Weight [C] with which each row of out sees the state entering a chunk of so many tokens of one segment."""
+        return self.weights(self.sign, tokens)
 
-    def leaving(self, step: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Weight [C] of each row of c in the state leaving the chunk, and that of the entering state (a scalar)."""
-        weights = self.weights(step, slot, -self.sign, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING)
-        if "description" not in self.given:
-            return weights, self.power(self.tokens(step))
+    def leaving(self, tokens: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Weight [C] of each row of c in the state leaving such a chunk, and that of the entering state (a scalar)."""
+        return self.weights(-self.sign, tokens), self.power(jnp.int32(tokens))
+
+    def weights(self, sign: jax.Array, tokens: jax.Array | int) -> jax.Array:
+        """lambda to each row's distance from before the chunk (sign 1) or from its end (-1)."""
+        i = plgpu.broadcasted_iota(jnp.int32, (self.tuning.chunk,), 0, layout=ROWS)
+        return self.power(jnp.maximum(i * sign + jnp.where(sign > 0, 1, tokens - 1), 0))
+
+    def entering_packed(self, slot: jax.Array) -> jax.Array:
+        """The same as `entering` for the packed chunk in a slot."""
+        return self.weights_packed(slot, self.sign, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING)
+
+    def leaving_packed(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same as `leaving` for the packed chunk in a slot."""
+        weights = self.weights_packed(slot, -self.sign, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING)
         enter = self.by_direction(slot, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING)
         leave = self.by_direction(slot, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING)
         return weights, self.power(self.age(slot)) * (enter == leave).astype(jnp.float32)
 
-    def weights(
-        self, step: jax.Array, slot: jax.Array, sign: jax.Array, ascending: Fact, descending: Fact
-    ) -> jax.Array:
+    def weights_packed(self, slot: jax.Array, sign: jax.Array, ascending: Fact, descending: Fact) -> jax.Array:
         """lambda to each row's distance from before the chunk (sign 1) or from its end (-1), where the segment fits."""
-        if "description" not in self.given:
-            i = plgpu.broadcasted_iota(jnp.int32, (self.tuning.chunk,), 0, layout=ROWS)
-            return self.power(jnp.maximum(i * sign + jnp.where(sign > 0, 1, self.tokens(step) - 1), 0))
-        ages, places = self.tokens_of(self.smem["description"].at[slot], ROWS)
+        entries = self.entries(self.smem["description"].at[slot], ROWS)
+        places = plgpu.layout_cast(lax.div(entries, AGES), ROWS)
+        ages = plgpu.layout_cast(entries - places * AGES, ROWS)
         end = jnp.where(sign > 0, 0, self.age(slot))
         fits = places == self.by_direction(slot, ascending, descending) - self.fact(slot, Fact.ENTER_ASCENDING) + 1
         return jnp.where(fits, self.power(jnp.maximum((ages - end) * sign, 0)), 0.0)
@@ -159,11 +168,13 @@ class Cta:
         c = self.tuning.chunk
         return jnp.minimum(self.shape.length - self.chunk_at(step) * c, c)
 
-    def tokens_of(self, description: Any, layout: Any) -> tuple[jax.Array, jax.Array]:
-        """Ages and places [C] of the tokens of a packed chunk."""
-        entries = plgpu.load(description.at[pl.ds(0, self.tuning.chunk)], layout=layout, optimized=False)
-        places = plgpu.layout_cast(lax.div(entries, AGES), layout)
-        return plgpu.layout_cast(entries - places * AGES, layout), places
+    def entries(self, description: Any, layout: Any) -> jax.Array:
+        """What a packed chunk's description says of its tokens, [C]."""
+        return plgpu.load(description.at[pl.ds(0, self.tuning.chunk)], layout=layout, optimized=False)
+
+    def plain(self, slot: jax.Array) -> jax.Array:
+        """Whether a packed chunk and the states at its ends belong to one segment."""
+        return self.fact(slot, Fact.PLAIN) == 1
 
     def age(self, slot: jax.Array) -> jax.Array:
         """Real tokens of a packed chunk."""

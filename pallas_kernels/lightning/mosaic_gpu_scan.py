@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Shape
-from pallas_kernels.lightning.mosaic_gpu_segments import FACTS, Fact
+from pallas_kernels.lightning.mosaic_gpu_segments import FACTS
 
 
 def scan(
@@ -91,7 +91,8 @@ def scan(
         grid_names=("cta",),
         num_threads=plan.warpgroups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        # A barrier around every store and copy would be most of a short step; the roles say where one is needed.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )(*operands, slopes, *given.values())
     return results, last
 
@@ -179,7 +180,7 @@ class _Warpgroups(Cta):
                         plgpu.copy_gmem_to_smem(a_ref.at[self.row, rows, self.head], smem["a"].at[slot], full)
                     plgpu.copy_gmem_to_smem(c_ref.at[self.row, rows, self.head, columns], smem["c"].at[slot], full)
 
-            if "description" in self.given:
+            if self.packed:
                 plgpu.copy_gmem_to_smem(
                     self.given["description"].at[self.row, chunk], smem["description"].at[slot], full
                 )
@@ -189,49 +190,36 @@ class _Warpgroups(Cta):
     def advance_state(self) -> None:
         """Carries the state from chunk to chunk and publishes it to the output warpgroups."""
         stages, smem = self.tuning.stages, self.smem
-        dtype = smem["decayed"].dtype
+        whole = None if self.ragged else self.leaving(self.tuning.chunk)
 
-        def publish(step: jax.Array, state: tuple[jax.Array, ...]) -> None:
-            buffer = lax.rem(step, 2)
-
-            @pl.when(step >= 2)
-            def _() -> None:
-                plgpu.barrier_wait(smem["state_free"].at[buffer])
-
-            for part in self.parts:
-                smem["state"].at[buffer, pl.ds(64 * part, 64)][...] = state[part].astype(dtype)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(smem["state_ready"].at[buffer])
+        def factors(step: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if whole is None:
+                return self.leaving(self.tokens(step))
+            if not self.packed:
+                return whole
+            return lax.cond(self.plain(slot), lambda: whole, lambda: self.leaving_packed(slot))
 
         def body(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(step, stages)
-            if self.tuning.outputs:
-                publish(step, state)
             plgpu.barrier_wait(smem["full"].at[slot])
-            weights, kept = self.leaving(step, slot)
+            weights, kept = factors(step, slot)
             advanced = []
             for part in self.parts:
-                columns = pl.ds(64 * part, 64)
-                rest = plgpu.load(smem["c"].at[slot, :, columns], layout=TILE, optimized=False).astype(jnp.float32)
-                rest *= lax.broadcast_in_dim(weights, rest.shape, [0])
-                for term in range(self.tuning.terms):
-                    rounded = rest.astype(dtype)
-                    smem["decayed"].at[term, :, columns][...] = rounded
-                    rest -= rounded.astype(jnp.float32)
-                plgpu.commit_smem()
-
-                def update(acc: Any, columns: Any = columns) -> jax.Array:
-                    for term in range(self.tuning.terms):
-                        plgpu.wgmma(acc, smem["decayed"].at[term, :, columns].T, smem["b"].at[slot])
-                    return acc[...]
-
-                # Reading an accumulator waits for it without a data dependence; the barrier keeps arithmetic behind it.
-                added = lax.optimization_barrier(pl.run_scoped(update, plgpu.ACC((64, HEAD_DIM), jnp.float32)))
+                added = self.chunk_part(slot, part, weights)
+                if part == self.parts[-1]:
+                    plgpu.barrier_arrive(smem["empty"].at[slot])
                 advanced.append(state[part] * kept + added)
-            plgpu.barrier_arrive(smem["empty"].at[slot])
+                if self.tuning.outputs:
+                    # Between the parts: it keeps this sum before the next product, whose registers it would take.
+                    following = functools.partial(self.publish, step + 1, part, advanced[part])
+                    pl.when(step + 1 < self.steps)(following)
             return tuple(advanced)
 
-        end = lax.fori_loop(0, self.steps, body, self.entering_state())
+        start = self.entering_state()
+        if self.tuning.outputs:
+            for part in self.parts:
+                self.publish(jnp.int32(0), part, start[part])
+        end = lax.fori_loop(0, self.steps, body, start)
         if self.tuning.outputs:
             self.drain(smem["state_free"], 2)
             last = jnp.where(self.sign > 0, self.plan.pieces - 1, 0)
@@ -239,56 +227,130 @@ class _Warpgroups(Cta):
         else:
             self.store_state(end, self.piece)
 
+    def chunk_part(self, slot: jax.Array, part: int, weights: jax.Array) -> jax.Array:
+        """What the chunk in a slot adds to a part of the state."""
+        decayed, columns = self.smem["decayed"], pl.ds(64 * part, 64)
+        rest = plgpu.load(self.smem["c"].at[slot, :, columns], layout=TILE, optimized=False).astype(jnp.float32)
+        rest *= lax.broadcast_in_dim(weights, rest.shape, [0])
+        if not self.tuning.outputs:
+            # The product before may still be reading for another warp; elsewhere publishing has a barrier.
+            plgpu.commit_smem()
+        for term in range(self.tuning.terms):
+            rounded = rest.astype(decayed.dtype)
+            decayed.at[term, :, columns][...] = rounded
+            rest -= rounded.astype(jnp.float32)
+        plgpu.commit_smem()
+
+        def update(acc: Any) -> jax.Array:
+            for term in range(self.tuning.terms):
+                plgpu.wgmma(acc, decayed.at[term, :, columns].T, self.smem["b"].at[slot])
+            return acc[...]
+
+        # Reading an accumulator waits for it without a data dependence; the barrier keeps arithmetic behind it.
+        return lax.optimization_barrier(pl.run_scoped(update, plgpu.ACC((64, HEAD_DIM), jnp.float32)))
+
+    def publish(self, step: jax.Array, part: int, state: jax.Array) -> None:
+        """Shows the output warpgroups a part of the state that enters the chunk of a step."""
+        smem, buffer = self.smem, lax.rem(step, 2)
+        if part == self.parts[0]:
+
+            @pl.when(step >= 2)
+            def _() -> None:
+                plgpu.barrier_wait(smem["state_free"].at[buffer])
+
+        smem["state"].at[buffer, pl.ds(64 * part, 64)][...] = state.astype(smem["state"].dtype)
+        if part == self.parts[-1]:
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(smem["state_ready"].at[buffer])
+
     def write_output(self, turn: int) -> None:
         """Computes the output of every chunk whose turn it is."""
-        stages, c, tile, smem = self.tuning.stages, self.tuning.chunk, self.tuning.tile, self.smem
+        c, turns, smem = self.tuning.chunk, self.tuning.outputs, self.smem
         decay = self.decay_tile()
-        scores_smem = smem["scores"].at[turn]
-        out_smem = smem["out"].at[turn] if "out" in smem else scores_smem
+        whole = None if self.ragged else self.entering(c)
+        out_smem = smem["out" if "out" in smem else "scores"].at[turn]
+        scores_acc = plgpu.ACC((c, c), jnp.float32)
+        wide_acc = plgpu.ACC((c, self.tuning.tile), jnp.float32)
 
-        def store(scores: jax.Array, weights: jax.Array) -> None:
-            scores_smem[...] = (scores * weights).astype(scores_smem.dtype)
-
-        def products(step: jax.Array, slot: jax.Array, scores: Any, carried: Any, local: Any) -> Any:
-            buffer = lax.rem(step, 2)
-            plgpu.barrier_wait(smem["full"].at[slot])
+        def plain(step: jax.Array, slot: jax.Array, scores: Any, carried: Any, local: Any) -> Any:
             plgpu.wgmma(scores, smem["a"].at[slot], smem["b"].at[slot].T)
-            plgpu.barrier_wait(smem["state_ready"].at[buffer])
-            plgpu.wgmma(carried, smem["a"].at[slot], smem["state"].at[buffer].T)
-            p = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if "description" in self.given:
-                plain = self.fact(slot, Fact.PLAIN)
-                pl.when(plain == 1)(lambda: store(p, decay))
-                pl.when(plain == 0)(lambda: store(p, self.decay_tile_of(step, slot)))
-            else:
-                store(p, decay)
-            plgpu.commit_smem()
-            plgpu.wgmma(local, scores_smem, smem["c"].at[slot])
-            far = lax.optimization_barrier(plgpu.wgmma_accumulator_load(carried, wait_n=1))
-            plgpu.barrier_arrive(smem["state_free"].at[buffer])
-            far *= lax.broadcast_in_dim(self.entering(step, slot), far.shape, [0])
-            return far, lax.optimization_barrier(plgpu.wgmma_accumulator_load(local, wait_n=0))
+            self.carry(step, slot, carried)
+            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+            self.store_scores(turn, found * decay)
+            weights = self.entering(self.tokens(step)) if whole is None else whole
+            return self.sums(turn, step, slot, carried, local, weights)
 
-        turns = self.tuning.outputs
+        def scores_of(slot: jax.Array, scores: Any) -> jax.Array:
+            plgpu.wgmma(scores, smem["a"].at[slot], smem["b"].at[slot].T)
+            return scores[...]
+
+        def packed(step: jax.Array, slot: jax.Array, carried: Any, local: Any) -> Any:
+            self.carry(step, slot, carried)
+            return self.sums(turn, step, slot, carried, local, self.entering_packed(slot))
+
+        def store_out(far: jax.Array, near: jax.Array) -> None:
+            if "out" not in smem:  # the last product may still be reading the scores for another warp
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[...] = (far + near).astype(out_smem.dtype)
+
+        def write_plain(step: jax.Array, slot: jax.Array) -> None:
+            store_out(*pl.run_scoped(functools.partial(plain, step, slot), scores_acc, wide_acc, wide_acc))
+
+        def write_packed(step: jax.Array, slot: jax.Array) -> None:
+            # Nothing is in flight while the weights are made: they take the registers of the accumulators.
+            scores = lax.optimization_barrier(pl.run_scoped(functools.partial(scores_of, slot), scores_acc))
+            self.store_scores(turn, scores * self.decay_tile_of(step, slot))
+            store_out(*pl.run_scoped(functools.partial(packed, step, slot), wide_acc, wide_acc))
 
         @pl.loop(0, lax.div(self.steps + (turns - 1 - turn), turns))
         def _(visit: jax.Array) -> None:
             step = visit * turns + turn
-            slot = lax.rem(step, stages)
-            accumulators = [plgpu.ACC((c, width), jnp.float32) for width in (c, tile, tile)]
-            far, near = pl.run_scoped(functools.partial(products, step, slot), *accumulators)
-            out_smem[...] = (far + near).astype(out_smem.dtype)
+            slot = lax.rem(step, self.tuning.stages)
+            plgpu.barrier_wait(smem["full"].at[slot])
+            if self.packed:
+                # The branch holds the whole step: one between products would cost every chunk registers and overlap.
+                pl.when(self.plain(slot))(lambda: write_plain(step, slot))
+                pl.when(jnp.logical_not(self.plain(slot)))(lambda: write_packed(step, slot))
+            else:
+                write_plain(step, slot)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem["empty"].at[slot])
-            rows, columns = pl.ds(self.chunk_at(step) * c, c), pl.ds(self.tile * tile, tile)
-            for i, out in enumerate(self.outputs):
-
-                @pl.when(self.job == i)
-                def _(out: Any = out) -> None:
-                    plgpu.copy_smem_to_gmem(out_smem, out.at[self.row, rows, self.head, columns])
+            self.send(step, out_smem)
 
         plgpu.wait_smem_to_gmem(0)
+
+    def carry(self, step: jax.Array, slot: jax.Array, carried: Any) -> None:
+        """Starts the product with the state entering the chunk."""
+        buffer = lax.rem(step, 2)
+        plgpu.barrier_wait(self.smem["state_ready"].at[buffer])
+        plgpu.wgmma(carried, self.smem["a"].at[slot], self.smem["state"].at[buffer].T)
+
+    def store_scores(self, turn: int, scores: jax.Array) -> None:
+        """Puts the weighted scores where the product with c reads them, once the buffer's last copy has left."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        ref = self.smem["scores"].at[turn]
+        ref[...] = scores.astype(ref.dtype)
+        plgpu.commit_smem()
+
+    def sums(
+        self, turn: int, step: jax.Array, slot: jax.Array, carried: Any, local: Any, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the state entering the chunk and the chunk itself give to its output."""
+        plgpu.wgmma(local, self.smem["scores"].at[turn], self.smem["c"].at[slot])
+        far = lax.optimization_barrier(plgpu.wgmma_accumulator_load(carried, wait_n=1))
+        plgpu.barrier_arrive(self.smem["state_free"].at[lax.rem(step, 2)])
+        far *= lax.broadcast_in_dim(weights, far.shape, [0])
+        return far, lax.optimization_barrier(plgpu.wgmma_accumulator_load(local, wait_n=0))
+
+    def send(self, step: jax.Array, out_smem: Any) -> None:
+        """Starts copying a chunk's output to where its job's lies."""
+        c, tile = self.tuning.chunk, self.tuning.tile
+        rows, columns = pl.ds(self.chunk_at(step) * c, c), pl.ds(self.tile * tile, tile)
+        for i, out in enumerate(self.outputs):
+
+            @pl.when(self.job == i)
+            def _(out: Any = out) -> None:
+                plgpu.copy_smem_to_gmem(out_smem, out.at[self.row, rows, self.head, columns])
 
     def drain(self, barrier: Any, count: int) -> None:
         """Waits for the arrivals of the last `count` steps: every phase must be seen before the CTA ends."""

@@ -16,7 +16,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lightning import mosaic_gpu, mosaic_gpu_segments
-from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, WHOLE
+from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, HALF_ONE, WHOLE_ONE
 from pallas_kernels.lightning.mosaic_gpu_plan import Plan
 from tests.kernels import cases
 
@@ -74,7 +74,7 @@ def check(x: cases.Inputs, *, states: bool) -> None:
     ("length", "slopes", "states", "plans", "pieces"),
     [
         (1, FAST_AND_SLOW, True, [Plan((DK, DV, DQ), 1, HALF)], 1),
-        (257, MIDDLE_AND_SLOWEST, False, [Plan((DK, DV), 1, WHOLE), Plan((DQ,), 1, HALF)], 1),
+        (257, MIDDLE_AND_SLOWEST, False, [Plan((DK, DV), 1, WHOLE_ONE), Plan((DQ,), 1, HALF_ONE)], 1),
         (200, FAST_AND_SLOW, True, [Plan((DK, DV), 2, HALF), Plan((DQ,), 4, HALF)], 4),
     ],
     ids=["one token", "ragged, whole width", "pieces"],
@@ -90,7 +90,7 @@ def test_forward_and_backward_equal_the_recurrence(
 @pytest.mark.parametrize(
     ("plans", "pieces", "states"),
     [
-        ([Plan((DK, DV, DQ), 2, WHOLE)], 1, False),
+        ([Plan((DK, DV, DQ), 2, WHOLE_ONE)], 1, False),
         pytest.param([Plan((DK, DV), 1, HALF), Plan((DQ,), 1, HALF)], 2, True, marks=pytest.mark.full),
     ],
 )
@@ -100,6 +100,24 @@ def test_packed_rows_equal_the_recurrence(plans: list[Plan], pieces: int, states
     ids = np.repeat(np.int32([0, 1, 0, 1, 2, 0, 3]), (3, 30, 4, 27, 130, 5, 57))
     x = cases.inputs(len(ids), batch=1, slopes=MIDDLE_AND_SLOWEST, dim=128, dtype=BF16, segment_ids=ids[None])
     check(x, states=states)
+
+
+def test_packed_rows_without_a_boundary_equal_unpacked_ones(choose: Choose) -> None:
+    """INV-36: a packed row of one segment runs the unpacked kernel's arithmetic, so every bit is the same."""
+    choose()
+    x = cases.as_jax(cases.inputs(128, batch=1, slopes=(0.1,), dim=128, dtype=BF16))
+    ids = jnp.ones((1, 128), jnp.int32)
+    run = jax.jit(mosaic_gpu.forward)
+    plain, packed = (run(x.q, x.k, x.v, x.slopes, given, x.initial_state) for given in (None, ids))
+    for one, other in zip(plain, packed, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_warpgroups_cannot_ask_for_more_registers_than_the_launch_gets() -> None:
+    """A warpgroup that asks for more waits for ever: 384 threads are launched with 168 each, not 65536 / 384."""
+    dataclasses.replace(WHOLE_ONE, registers=(248, 224, 32))
+    with pytest.raises(ValueError, match="512, more than 504"):
+        dataclasses.replace(WHOLE_ONE, registers=(248, 224, 40))
 
 
 @pytest.mark.parametrize(("reverse", "packed"), [(False, True), (True, False)])
@@ -147,7 +165,7 @@ def test_kernels_lower_for_cuda(shape: tuple[int, int, int, int], packed: bool, 
 def test_plans_cover_every_job_and_chunk(heads: int, length: int) -> None:
     """Whatever is estimated to be fastest runs each job once and leaves no piece without a chunk."""
     chunks = -(-length // HALF.chunk)
-    plans = mosaic_gpu._plans([[(DK, DV, DQ)], [(DK, DV), (DQ,)]], [HALF, WHOLE], heads, chunks)
+    plans = mosaic_gpu._plans([[(DK, DV, DQ)], [(DK, DV), (DQ,)]], [HALF_ONE, WHOLE_ONE], heads, chunks)
     assert sorted((job for plan in plans for job in plan.jobs), key=hash) == sorted((DK, DV, DQ), key=hash)
     for plan in plans:
         assert -(-chunks // plan.pieces) * (plan.pieces - 1) < chunks
