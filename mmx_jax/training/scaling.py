@@ -105,8 +105,8 @@ class Measurement:
 
     @property
     def seconds(self) -> float | None:
-        """Median of a step; None if none was timed."""
-        return statistics.median(self.step_seconds) if self.step_seconds else None
+        """Mean of a step; None if none was timed. Single ones are less sure: sending a step may wait for the one before."""
+        return statistics.fmean(self.step_seconds) if self.step_seconds else None
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -77,13 +77,14 @@ def test_speed_is_compared_with_one_device(measurements: dict[str, dict]) -> Non
 
 def _made(**changes: object) -> Measurement:
     made = Measurement(axis="fsdp", devices=2, sequences=4, sequence_length=32, compile_seconds=1.0, program_bytes=1)
-    return replace(made, step_seconds=(1.0,), **changes)
+    return replace(made, step_seconds=(3.0, 1.5, 0.0), **changes)
 
 
 def test_other_losses_and_lost_rows_are_problems() -> None:
     one = _made(devices=1, sequences=2, start=(Figures(2.0, 10.0, 1.0, 0.0), Figures(4.0, 30.0, 1.0, 0.0)))
     right = line(TINY, one, _made(start=(Figures(3.5, 40.0, 1.0, 0.0),)))
     assert (right["loss_of_one_device"], right["problems"]) == (3.5, [])
+    assert (right["seconds"], right["tokens_per_second"], right["efficiency"]) == (1.5, 4 * 32 / 1.5, 1)
     wrong = line(TINY, one, _made(start=(Figures(3.51, 40.0, 1.0, 0.25),)))
     assert line(TINY, one, _made(start=(Figures(float("nan"), 40.0, 1.0, 0.0),)))["problems"]
     assert wrong["problems"] == ["loss 3.510000, on one device 3.500000", "25.00% of routed rows lost"]
