@@ -105,7 +105,7 @@ class Measurement:
 
     @property
     def seconds(self) -> float | None:
-        """Mean of a step; None if none was timed. Single ones are less sure: sending a step may wait for the one before."""
+        """Mean of a step; None if none was timed. Single ones are less sure: sending a step can take as long as one."""
         return statistics.fmean(self.step_seconds) if self.step_seconds else None
 
     @property
