@@ -101,6 +101,20 @@ def test_embedding_scale_is_one():
     np.testing.assert_array_equal(TextModel(config, params).embed(tokens)[0], params["embedding"][tokens[0]])
 
 
+def test_the_gradient_of_a_frequent_token_is_summed_in_fp32():
+    """A bf16 sum would stall: above 256 it no longer takes a 1."""
+    config = tiny(compute_dtype="bfloat16")
+    params = random_params(config)
+    tokens = jnp.zeros((2, 1024), jnp.int32)
+
+    def total(embedding):
+        return TextModel(config, params | {"embedding": embedding}).embed(tokens).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(params["embedding"])
+    assert (gradient[0] == tokens.size).all()
+    assert not gradient[1:].any()
+
+
 # Lightning attention
 
 
