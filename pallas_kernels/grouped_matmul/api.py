@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
-from pallas_kernels.grouped_matmul import blocked, triton
+from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, triton
 
-NAMES = ("blocked", "dense", "ragged_dot", "triton")
+NAMES = ("blocked", "dense", "mosaic_gpu", "ragged_dot", "triton")
 """Every name that `implementation=` accepts."""
 
 
@@ -98,7 +98,9 @@ def _candidates() -> tuple[str, ...]:
     if dispatch.platform() == "tpu":
         return ("ragged_dot",)
     capability = dispatch.compute_capability() if dispatch.platform() == "gpu" else None
-    return ("triton",) if capability is not None and capability >= 8 else ()
+    if capability is None or capability < 8:
+        return ()
+    return ("mosaic_gpu", "triton") if int(capability) == 9 else ("triton",)
 
 
 @functools.cache
@@ -109,7 +111,17 @@ def _implementation(name: str) -> Implementation:
         return Implementation(_dense_matmul, _dense_weight_gradient)
     if name == "triton":
         return Implementation(triton.matmul, triton.weight_gradient, triton.obstacle)
+    if name == "mosaic_gpu":
+        # Only the weights' gradient gains by a kernel for Hopper alone.
+        return Implementation(triton.matmul, mosaic_gpu.weight_gradient, _mosaic_gpu_obstacle)
     return Implementation(_ragged_matmul, _ragged_weight_gradient, _ragged_dot_obstacle)
+
+
+def _mosaic_gpu_obstacle(x: jax.Array, w: jax.Array) -> str | None:
+    capability = dispatch.compute_capability()
+    if capability is None or int(capability) != 9:
+        return "it needs a Hopper GPU (sm_90)"
+    return triton.obstacle(x, w) or mosaic_gpu.obstacle(x, w)
 
 
 def _ragged_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.bench import common, timing
 from pallas_kernels.bench import grouped_matmul as bench
-from pallas_kernels.grouped_matmul import grouped_matmul, implementations, triton
+from pallas_kernels.grouped_matmul import grouped_matmul, implementations, mosaic_gpu, triton
 from tests.kernels import cases, test_triton
 
 # XLA's own ragged dot is TPU's default; it runs on a CPU too, and its shapes are tested there.
@@ -30,6 +31,7 @@ NAMES = tuple(dict.fromkeys((*implementations(), *(("ragged_dot",) if jax.defaul
 
 SHARED_MEMORY = {8.0: 99 * 1024, 9.0: 227 * 1024}  # sm_86 and sm_89 have the least of those that run sm_80's tiles
 compiled = test_triton.compiled
+KERNELS = ("mosaic_gpu", "triton")
 FRONT, BACK = slice(0, 10), slice(10, 20)
 
 
@@ -65,7 +67,7 @@ def results(x, w, dy, sizes, name=None):
 def test_forward_and_gradients(name: str, rows: int, sizes: tuple[int, ...]) -> None:
     """INV-23: uneven and empty experts, one expert with everything, nothing at all, rows beyond the groups."""
     dtype, width, hidden, limit = (np.float32, 16, 24, 2e-6)
-    if name == "triton":
+    if name in KERNELS:
         dtype, width, hidden, limit = ml_dtypes.bfloat16, 128, 256, 5e-3
     x, w, dy = draw(rows, sizes, width, hidden, dtype)
     actual = results(x, w, dy, np.asarray(sizes, np.int32), name)
@@ -85,7 +87,7 @@ def test_bf16() -> None:
 @pytest.mark.parametrize("name", implementations())
 def test_rows_beyond_the_groups_are_not_read(name: str) -> None:
     """Rows of no expert give 0 and get gradient 0, and what they hold reaches nothing: not even NaN."""
-    dtype, width = (ml_dtypes.bfloat16, 128) if name == "triton" else (np.float32, 16)
+    dtype, width = (ml_dtypes.bfloat16, 256) if name in KERNELS else (np.float32, 16)
     x, w, dy = draw(40, (10, 12), width, width, dtype)
     clean = results(x, w, dy, np.asarray((10, 12), np.int32), name)
     x[22:] = np.nan
@@ -188,12 +190,12 @@ def test_triton_kernels_equal_the_definition(index: int, interpreted: list[tuple
 
 @pytest.mark.parametrize("capability", [8.0, 9.0])
 def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any], tmp_path: Path) -> None:
-    """The public function and its gradient become three kernels in tensor-core dots, within the GPU's memories."""
+    """Forward and gradients become three kernels in tensor-core dots, within the GPU's memories."""
     shapes = ((4096, 2048), (8, 2048, 3072), (4096, 3072))
     x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
 
     def gradients(x, w, dy, sizes):
-        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation="triton"), x, w)
         return y, *pullback(dy)
 
     with dispatch.target("gpu", capability):
@@ -206,6 +208,39 @@ def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any],
         assert ".local" not in kernel.binary, "an array went to local memory"
         assert ("wgmma" if capability == 9.0 else "mma.sync") in kernel.binary
         assert test_triton.spilled_bytes(kernel.binary, tmp_path) == 0
+
+
+# No rows at an expert's start or end; fewer than 8 of both; one whole step and none; more than one step left over.
+HOPPER_SIZES = [(128, 64, 0), (3, 9, 70), (20, 64, 127), (1, 70, 134)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU, the compiled kernel runs in the tests above")
+@pytest.mark.parametrize("sizes", HOPPER_SIZES)
+def test_hopper_weight_gradient_equals_the_definition(
+    sizes: tuple[int, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """INV-23: CTAs that walk from tile to tile, interpreted with race detection; what no expert owns is not read."""
+    rows, owned = 210, sum(sizes)
+    x, w, dy = draw(rows, sizes, 128, 512, ml_dtypes.bfloat16)
+    expected = definition(x, w, dy, sizes)[2]
+    x[owned:], dy[owned:] = np.nan, np.nan
+    gradient = jax.jit(mosaic_gpu.weight_gradient, static_argnames="programs")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        actual = gradient(x, dy, np.asarray(sizes, np.int32), programs=4)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+    assert cases.relative(actual, expected) <= 2e-3
+
+
+def test_public_function_lowers_for_hopper() -> None:
+    """Two Triton kernels, and for the weights' gradient one of Mosaic GPU; a Triton one where widths do not fit it."""
+    with dispatch.target("gpu", 9.0):
+        for hidden, kernels in ((3072, (2, 1)), (3136, (3, 0))):
+            shapes = ((4096, 2048), (8, 2048, hidden), (4096, hidden))
+            arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+            traced = results.trace(*arguments, jax.ShapeDtypeStruct((8,), jnp.int32))
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            found = [text.count(f"custom_call @{name}") for name in ("triton_kernel_call", "mosaic_gpu_v2")]
+            assert tuple(found) == kernels
 
 
 def test_triton_refuses_what_it_cannot_run() -> None:

@@ -1,0 +1,228 @@
+"""The weights' gradient of the grouped matmul on Hopper (sm_90a), in Pallas Mosaic GPU.
+
+An expert has few rows for the size of its matrix, so that a tile's product is short beside reading its first operands
+and writing its result. Here the CTAs stay: a loader warpgroup goes on to the next tile while two others, each with half
+of a tile's rows, still write the last one.
+
+Tiles of shared memory are filled from multiples of 8 rows. An expert's rows up to the first of these, and those left
+over at its end, are copied beforehand, zeros after them: the kernel masks nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.arrays import varying_like
+
+MULTIPROCESSORS = 132
+ROWS, COLUMNS, STEP = 128, 256, 64
+"""A tile of the result, and how many rows of x and dy are multiplied at a time."""
+EDGE = 2 * STEP
+"""Rows of an expert at its ends, at most 7 and STEP - 1 of them."""
+STAGES = 3
+BAND = 8
+"""Tiles above each other that are worked on before those to their right: together they read little."""
+REGISTERS = {"increase": 232, "decrease": 40}
+ALIGNMENT = 8
+
+
+class _Walk(NamedTuple):
+    """What each expert's tiles walk over: from row `first` on `whole` steps of x and dy, then `edge` of the copies."""
+
+    first: jax.Array
+    whole: jax.Array
+    edge: jax.Array
+
+
+def obstacle(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """Says why the gradient of w [E, D, F] cannot be taken here for x [M, D], or None when it can."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it is written for bfloat16 and float16, not {x.dtype.name}"
+    if w.shape[1] % ROWS or w.shape[2] % COLUMNS:
+        return f"widths {w.shape[1]} and {w.shape[2]} are no multiples of {ROWS} and {COLUMNS}"
+    return None
+
+
+def weight_gradient(
+    x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, programs: int = MULTIPROCESSORS
+) -> jax.Array:
+    """Returns [E, D, F], for each expert the sum over its rows of x^T dy, in x's dtype.
+
+    Args:
+        x: [M, D].
+        dy: [M, F], in x's dtype.
+        group_sizes: [E] int32, in order.
+        programs: how many CTAs share the work.
+    """
+    experts, inner, outer = group_sizes.shape[0], x.shape[1], dy.shape[1]
+    if padding := -x.shape[0] % ALIGNMENT:
+        x, dy = (jnp.pad(a, ((0, padding), (0, 0))) for a in (x, dy))
+    walk, edge_rows = _cut(group_sizes, x.shape[0])
+
+    def body(*refs: Any, **smem: Any) -> None:
+        _Cta(*refs, smem=smem, grid=(experts, inner // ROWS, outer // COLUMNS), programs=programs).run()
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    dw = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((experts * inner, outer), x.dtype),
+        scratch_types={
+            "x": plgpu.SMEM((STAGES, STEP, ROWS), x.dtype, transforms=transforms),
+            "dy": plgpu.SMEM((STAGES, STEP, COLUMNS), x.dtype, transforms=transforms),
+            "out": plgpu.SMEM((2, ROWS // 2, COLUMNS), x.dtype, transforms=transforms),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            "empty": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            "done": plgpu.Barrier(num_arrivals=3),
+        },
+        grid=(programs,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(x, dy, _take(x, edge_rows), _take(dy, edge_rows), *walk)
+    return varying_like(dw.reshape(experts, inner, outer), x)
+
+
+def _cut(group_sizes: jax.Array, rows: int) -> tuple[_Walk, jax.Array]:
+    """Returns each expert's walk, and the rows that are copied for it [E, EDGE], `rows` where there is none."""
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
+    first = jnp.minimum(-(-starts // ALIGNMENT) * ALIGNMENT, ends)
+    whole = (ends - first) // STEP
+    last = first + whole * STEP
+    before = (first - starts)[:, None]
+    index = jnp.arange(EDGE, dtype=jnp.int32)
+    row = jnp.where(index < before, starts[:, None] + index, last[:, None] + index - before)
+    held = index < before + (ends - last)[:, None]
+    edge = -(-(first - starts + ends - last) // STEP)
+    return _Walk(first, whole, edge), jnp.where(held, row, rows)
+
+
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Copies rows; those beyond the end are 0."""
+    return x.at[rows.reshape(-1)].get(mode="fill", fill_value=0)
+
+
+class _Cta:
+    """The body of one CTA: a method for each role."""
+
+    def __init__(
+        self,
+        *refs: Any,
+        smem: dict[str, Any],
+        grid: tuple[int, int, int],
+        programs: int,
+    ) -> None:
+        self.x, self.dy, self.x_edge, self.dy_edge, first, whole, edge, self.out = refs
+        self.walk = _Walk(first, whole, edge)
+        self.smem = smem
+        self.experts, self.down, self.across = grid
+        self.programs = programs
+        self.tiles = self.experts * self.down * self.across
+        self.cta = lax.axis_index("cta")
+
+    def run(self) -> None:
+        """Gives every warpgroup its role."""
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 2)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS["decrease"], action="decrease")
+            self.load()
+
+        @pl.when(warpgroup < 2)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS["increase"], action="increase")
+            self.multiply(warpgroup)
+
+        # A warpgroup that exits while another issues wgmma faults, so all leave together.
+        plgpu.barrier_arrive(self.smem["done"])
+        plgpu.barrier_wait(self.smem["done"])
+
+    def place(self, visit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Expert, first row and first column of the tile of a visit of this CTA."""
+        tile = self.cta + visit * self.programs
+        expert, inside = lax.div(tile, self.down * self.across), lax.rem(tile, self.down * self.across)
+        band, inside = lax.div(inside, BAND * self.across), lax.rem(inside, BAND * self.across)
+        height = jnp.minimum(self.down - band * BAND, BAND)
+        row, column = band * BAND + lax.rem(inside, height), lax.div(inside, height)
+        return expert, row * ROWS, column * COLUMNS
+
+    @property
+    def visits(self) -> jax.Array:
+        return lax.div(self.tiles - self.cta + self.programs - 1, self.programs)
+
+    def load(self) -> None:
+        """Streams the rows that each tile adds up, tile after tile."""
+        full, empty = self.smem["full"], self.smem["empty"]
+
+        def visit(index: jax.Array, count: jax.Array) -> jax.Array:
+            expert, row, column = self.place(index)
+            first, whole, edge = (ref[expert] for ref in self.walk)
+
+            def copy(slot: jax.Array, rows: Any, x: Any, dy: Any) -> None:
+                plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(row, ROWS)], self.smem["x"].at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(column, COLUMNS)], self.smem["dy"].at[slot], full.at[slot])
+
+            @pl.loop(0, whole + edge)
+            def _(step: jax.Array) -> None:
+                slot = lax.rem(count + step, STAGES)
+                pl.when(count + step >= STAGES)(lambda: plgpu.barrier_wait(empty.at[slot]))
+
+                @pl.when(step < whole)
+                def _() -> None:
+                    rows = pl.ds(pl.multiple_of(first + step * STEP, ALIGNMENT), STEP)
+                    copy(slot, rows, self.x, self.dy)
+
+                @pl.when(step >= whole)
+                def _() -> None:
+                    rows = pl.ds(expert * EDGE + (step - whole) * STEP, STEP)
+                    copy(slot, rows, self.x_edge, self.dy_edge)
+
+            return count + whole + edge
+
+        total = lax.fori_loop(0, self.visits, visit, jnp.int32(0))
+
+        # Every phase must be seen before the CTA ends.
+        @pl.loop(jnp.maximum(total - STAGES, 0), total)
+        def _(step: jax.Array) -> None:
+            plgpu.barrier_wait(empty.at[lax.rem(step, STAGES)])
+
+    def multiply(self, half: jax.Array) -> None:
+        """Computes half of the rows of each tile, and writes them while the next ones are being loaded."""
+        full, empty = self.smem["full"], self.smem["empty"]
+        own = pl.ds(half * (ROWS // 2), ROWS // 2)
+        out = self.smem["out"].at[half]
+
+        def visit(index: jax.Array, count: jax.Array) -> jax.Array:
+            expert, row, column = self.place(index)
+            steps = self.walk.whole[expert] + self.walk.edge[expert]
+
+            def product(acc: Any) -> jax.Array:
+                @pl.loop(0, steps)
+                def _(step: jax.Array) -> None:
+                    slot = lax.rem(count + step, STAGES)
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(acc, self.smem["x"].at[slot, :, own].T, self.smem["dy"].at[slot])
+                    plgpu.wgmma_wait(1)
+                    previous = lax.rem(count + step + STAGES - 1, STAGES)
+                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[previous]))
+
+                return acc[...]
+
+            result = pl.run_scoped(product, plgpu.ACC((ROWS // 2, COLUMNS), jnp.float32))
+            last = lax.rem(count + steps + STAGES - 1, STAGES)
+            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out[...] = result.astype(out.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(expert * (self.down * ROWS) + row + half * (ROWS // 2), ROWS // 2)
+            plgpu.copy_smem_to_gmem(out, self.out.at[rows, pl.ds(column, COLUMNS)])
+            return count + steps
+
+        lax.fori_loop(0, self.visits, visit, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
