@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,8 @@ from pallas_kernels.lightning import lightning_attention
 PEERS = peers.LIGHTNING
 DIM = 128
 CHUNK = 64
+AHEAD = 4
+"""So many cases are being compiled while another is timed."""
 TENSORS = {"fwd": 4, "fwd+bwd": 11}
 """Tensors of q's size that are read or written: q, k, v, o; then q, k, v, do, dq, dk, dv."""
 
@@ -82,31 +83,26 @@ CASES = (
 def run(peer_names: list[str], only: list[str]) -> Iterator[Row]:
     """Measures the cases whose names contain one of `only` (all when empty), ours and the peers'; rows as they come.
 
-    Compiling takes up to half a minute for a function: all are compiled at once before the first is timed.
+    Compiling takes up to half a minute for a function: the next cases' begins before a case is timed.
     """
-    asked = [
-        (case, name, what)
-        for case in common.chosen(CASES, only)
-        for name in ("ours", *(peer_names if case.peers else ()))
-        for what in case.passes
-    ]
+    cases = common.chosen(CASES, only)
+    compiling: dict[tuple[Case, str, str], concurrent.futures.Future[jax.stages.Compiled]] = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        compiling = {call: _compiling(executor, *call) for call in asked if call[1] in ATTEND}
-        concurrent.futures.wait(compiling.values())
-    for case, calls in itertools.groupby(asked, lambda call: call[0]):
-        tokens = _draw(case)
-        for call in calls:
-            _, name, what = call
-            row = _row(case, what, name)
-            shared = _shared(case, name)
-            if name == "ours":
-                yield _ours(case, row, compiling[call].result(), [(*arrays, *shared) for arrays in tokens])
-            elif name == "fla":
-                yield common.peer(row, name, functools.partial(peers.fla, tokens, *shared, backward=what != "fwd"))
-            else:
-                inputs = [(*arrays, *shared) for arrays in tokens]
-                yield common.peer(row, name, functools.partial(_timed, compiling[call], inputs))
-        common.free(tokens)
+        for index, case in enumerate(cases):
+            for later in cases[index + AHEAD if index else 0 : index + AHEAD + 1]:
+                for name, what in _asked(later, peer_names):
+                    if name in ATTEND:
+                        compiling[later, name, what] = _compiling(executor, later, name, what)
+            concurrent.futures.wait([future for call, future in compiling.items() if call[0] is case])
+            tokens = _draw(case)
+            for name, what in _asked(case, peer_names):
+                yield _timed(case, name, what, compiling.get((case, name, what)), tokens)
+            common.free(tokens)
+
+
+def _asked(case: Case, peer_names: list[str]) -> list[tuple[str, str]]:
+    """Whose and which of their passes are timed."""
+    return [(name, what) for name in ("ours", *(peer_names if case.peers else ())) for what in case.passes]
 
 
 def _compiling(
@@ -124,8 +120,27 @@ def _compiling(
     return executor.submit(lowered.compile)
 
 
-def _timed(compiling: concurrent.futures.Future[jax.stages.Compiled], inputs: Inputs) -> float:
-    return milliseconds(compiling.result(), inputs)
+def _timed(
+    case: Case,
+    name: str,
+    what: str,
+    compiling: concurrent.futures.Future[jax.stages.Compiled] | None,
+    tokens: Inputs,
+) -> Row:
+    row, shared = _row(case, what, name), _shared(case, name)
+    if compiling is None:
+        return common.peer(row, name, functools.partial(peers.fla, tokens, *shared, backward=what != "fwd"))
+    inputs = [(*arrays, *shared) for arrays in tokens]
+    if name != "ours":
+        return common.peer(row, name, lambda: milliseconds(compiling.result(), inputs))
+    compiled = compiling.result()
+    notes = [_memory(compiled, inputs[0])]
+    row.ms = milliseconds(compiled, inputs)
+    if case.checked and what == "fwd+bwd":
+        row.errors = _errors(*inputs[0])
+        notes.append(_repeats(compiled, inputs[0]))
+    row.note = ", ".join(note for note in notes if note)
+    return row
 
 
 def _row(case: Case, what: str, name: str) -> Row:
@@ -194,16 +209,6 @@ def _call(
         return ATTEND[name](q, k, v, decay, ids)
     o, pull = jax.vjp(lambda q, k, v: ATTEND[name](q, k, v, decay, ids), q, k, v)
     return o, pull(do)
-
-
-def _ours(case: Case, row: Row, compiled: jax.stages.Compiled, inputs: Inputs) -> Row:
-    notes = [_memory(compiled, inputs[0])]
-    row.ms = milliseconds(compiled, inputs)
-    if case.checked and row.case.endswith("bwd"):
-        row.errors = _errors(*inputs[0])
-        notes.append(_repeats(compiled, inputs[0]))
-    row.note = ", ".join(note for note in notes if note)
-    return row
 
 
 def _memory(compiled: jax.stages.Compiled, arguments: Sequence[Any]) -> str:

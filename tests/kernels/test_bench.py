@@ -61,6 +61,10 @@ def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows[2].note == "not installed"
     assert rows[4].note == "failed: RuntimeError: out of registers"
     assert list(lightning.run([], ["no such case"])) == []
+    monkeypatch.setattr(lightning, "AHEAD", 1)
+    tiny = tuple(lightning.Case(f"tiny {i}", 1, 16, 1, backward=False) for i in range(4))
+    monkeypatch.setattr(lightning, "CASES", tiny)
+    assert [row.case for row in lightning.run([], []) if row.ms] == [f"tiny {i} fwd" for i in range(4)]
 
 
 @pytest.fixture
