@@ -73,22 +73,28 @@ def main(config: RunConfig) -> int:
 
 def run(config: RunConfig) -> int:
     """Runs the configuration as one of the processes that were launched, or alone."""
-    if _COMPILE_ONLY.value or _SEARCH.value:
+    if _COMPILE_ONLY.value:
         return compile_only(config)
     try:
+        for name, value in (("search", _SEARCH.value), ("topology", _TOPOLOGY.value)):
+            if value:
+                raise ConfigError(f"--{name} goes with --compile_only, which trains nothing")
         return distributed.run(lambda: main(config))
-    except distributed.LaunchError as error:
+    except (ConfigError, distributed.LaunchError) as error:
         return fail_with(error)
 
 
 def compile_only(config: RunConfig) -> int:
-    """Compiles the first stage's step for the topology; the last line printed is the report (best one of a search)."""
+    """Compiles the first stage's step for the topology; the last line printed is the report (best one of a search).
+
+    A step that does not fit is reported too, and ends with the exit code of a configuration that cannot work.
+    """
     import jax
 
     os.environ.update(WITHOUT_HARDWARE)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # a program for absent chips cannot be read back
-    from mmx_jax.training.ahead import Target, compile_ahead
+    from mmx_jax.training.ahead import Target, compile_ahead, does_not_fit
     from mmx_jax.training.search import search
     from parallel.mesh import MeshError
     from parallel.sharding import ShardingError
@@ -103,7 +109,7 @@ def compile_only(config: RunConfig) -> int:
         fail_with(error, EXIT_CONFIG)
     for report in reversed(reports):
         print(json.dumps(report), flush=True)
-    return 0
+    return 0 if reports[0]["fits"] else fail_with(does_not_fit(reports[0]), EXIT_CONFIG)
 
 
 if __name__ == "__main__":

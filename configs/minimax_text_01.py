@@ -3,20 +3,32 @@
     python -m mmx_jax.describe --config configs/minimax_text_01.py
     python train.py --config configs/minimax_text_01.py --compile_only --topology v5p:16x16x16
     python train.py --config configs/minimax_text_01.py:v5p_2048 --compile_only --topology v5p:8x16x16
+    python train.py --config configs/minimax_text_01.py:v5p_128 --compile_only --topology v5p:4x4x8
+    python train.py --config configs/minimax_text_01.py:v6e_512 --compile_only --topology v6e:16x16*2
+    python train.py --config configs/minimax_text_01.py:context_1m --compile_only --topology v5p:8x8x16
     python train.py --config configs/minimax_text_01.py --config.stages.0.data.sources.0.store=/path/to/store
 
-Hardware: a TPU v5p slice of 4,096 chips (mesh fsdp 64 x expert 32 x sequence 2) or of 2,048 ("v5p_2048"); the report
-used 1,500 to 2,500 H800. 11.4T tokens in about 140,000 steps. Nobody expects this to be typed lightly: it is here so
-that the same code is described, compiled ahead of time and checked at its full size (docs/scaling.md has estimates).
+Hardware by kind; the report used 1,500 to 2,500 H800:
+
+    v5p_4096    a TPU v5p slice of 4,096 chips, mesh fsdp 64 x expert 32 x sequence 2: the default
+    v5p_2048    fsdp 64 x expert 32
+    v5p_128     the smallest v5p slice that holds it: fsdp 2 x expert 32 x tensor 2, 32 micro-batches
+    v6e_512     two slices of 256 chips with 32 GiB each, moments in bf16
+    context_1m  rows of 1,048,576 tokens on 1,024 v5p chips: expert 32 x sequence 32
+
+11.4T tokens in about 140,000 steps. Nobody expects this to be typed lightly: it is here so that the same code is
+described, compiled ahead of time and checked at its full size (docs/scaling.md has memory and estimates).
 
 From the report: shape, Xavier with the DeepNorm gain, AdamW (0.9, 0.95), weight decay 0.1, rows of 8,192, the batch of
 16M / 32M / 64M / 128M tokens, 500 steps of warm-up, the learning rate 2e-4 / 1.3e-4 / exponentially to 3e-5, the
 load-balancing coefficient 0.01. Not published, so ours: capacity factor 1.25, clip 1.0, AdamW's eps, the mesh.
 
 The RoPE base is 10,000, as in pre-training; context extension raises it to 5e6 and 1e7, and the RELEASED weights need
-1e7 (`--config.model.rope_base=1e7`).
+1e7 (`--config.model.rope_base=1e7`). "context_1m" is a step of that extension; its stage is meant to go on from weights
+(`--config.stages.0.init_from=...`). Its batch and budget are ours.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from mmx_jax.config import (
@@ -27,6 +39,7 @@ from mmx_jax.config import (
     ExpertTransport,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     SchedulePhase,
@@ -37,22 +50,53 @@ from mmx_jax.config import (
 
 BILLION = 10**9
 TRILLION = 10**12
-KINDS = ("v5p_4096", "v5p_2048")
 
 
 def get_config(kind: str = "v5p_4096") -> RunConfig:
-    """The run of the report's pre-training stage on 4,096 or 2,048 chips.
+    """The run of the report's pre-training stage, or of a stage with rows of a million tokens, on one kind of hardware.
 
     Raises:
       ConfigError: for another kind.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"no kind {kind!r}: give one of {', '.join(KINDS)}")
-    run = pretraining()
-    stage = run.stages[0]
-    if kind == "v5p_2048":
-        return replace(run, stages=(replace(stage, remat="layer"),), mesh=MeshConfig(fsdp=-1, expert=32))
-    return run
+    kinds: dict[str, Callable[[RunConfig], RunConfig]] = {
+        "v5p_4096": lambda run: run,
+        "v5p_2048": _v5p_2048,
+        "v5p_128": _v5p_128,
+        "v6e_512": _v6e_512,
+        "context_1m": _context_1m,
+    }
+    if kind not in kinds:
+        raise ConfigError(f"no kind {kind!r}: give one of {', '.join(kinds)}")
+    return kinds[kind](pretraining())
+
+
+def _v5p_2048(run: RunConfig) -> RunConfig:
+    return replace(run, stages=(replace(run.stages[0], remat="layer"),), mesh=MeshConfig(fsdp=-1, expert=32))
+
+
+def _v5p_128(run: RunConfig) -> RunConfig:
+    batch = replace(run.stages[0].batch, micro_batch=64)
+    stage = replace(run.stages[0], remat="layer", batch=batch)
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, tensor=2))
+
+
+def _v6e_512(run: RunConfig) -> RunConfig:
+    batch = replace(run.stages[0].batch, micro_batch=128)
+    stage = replace(run.stages[0], remat="layer", batch=batch, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, tensor=4))
+
+
+def _context_1m(run: RunConfig) -> RunConfig:
+    stage = replace(
+        run.stages[0],
+        name="context_1m",
+        sequence_length=1_048_576,
+        rope_base=1e7,
+        batch=BatchConfig(micro_batch=32, ramp=((0, 32),)),
+        schedule=ScheduleConfig(phases=(SchedulePhase(until_tokens=10 * BILLION, learning_rate=3e-5),)),
+        remat="layer",
+    )
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, sequence=32))
 
 
 def pretraining() -> RunConfig:

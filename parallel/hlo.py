@@ -90,7 +90,24 @@ def parse(text: str) -> Module:
             current.instructions.append(_instruction(line))
     if entry is None:
         raise ValueError("the text is no compiled program: it has no ENTRY computation")
+    for computation in computations.values():
+        computation.instructions = _started_with_operands(computation)
     return Module(entry, computations)
+
+
+def _started_with_operands(computation: Computation) -> list[Instruction]:
+    """Instructions, where what is started empty and given its operands by an update begins with the update."""
+    updates = {item.operands[0]: item for item in computation.instructions if item.opcode.endswith("-update")}
+    kept = []
+    for item in computation.instructions:
+        if item.name in updates and not item.arguments:
+            continue
+        if item.opcode.endswith("-update") and not (start := computation.by_name[item.operands[0]]).arguments:
+            operands = item.arguments.partition(",")[2]
+            item = Instruction(item.name, item.shape, start.opcode, operands, start.attributes)
+        kept.append(item)
+    vars(computation).pop("by_name", None)
+    return kept
 
 
 def _instruction(line: str) -> Instruction:
@@ -139,14 +156,18 @@ def trip_count(loop: Instruction, module: Module) -> int | None:
     return int(limits[0].arguments) if counts and len(limits) == 1 else None
 
 
-def collective_kind(instruction: Instruction, module: Module) -> str | None:
-    """Which of `COLLECTIVES` an instruction is or starts; None for all others."""
-    if instruction.opcode == "async-start":
-        inner = [module.computations[name] for name in instruction.called("calls")]
-        kinds = (collective_kind(item, module) for computation in inner for item in computation.instructions)
-        return next((kind for kind in kinds if kind), None)
-    kind = instruction.opcode.removesuffix("-start")
-    return kind if kind in COLLECTIVES else None
+def collective(instruction: Instruction, module: Module) -> Instruction | None:
+    """The collective that an instruction is or starts, maybe in what it calls; None for all others."""
+    if instruction.opcode in ("async-start", "call-start"):
+        inner = [module.computations[name] for name in instruction.called("calls", "to_apply")]
+        found = (collective(item, module) for computation in inner for item in computation.instructions)
+        return next((item for item in found if item), None)
+    return instruction if collective_kind(instruction) in COLLECTIVES else None
+
+
+def collective_kind(instruction: Instruction) -> str:
+    """The opcode of a collective, whether it waits for its result or not."""
+    return instruction.opcode.removesuffix("-start")
 
 
 def first_group(instruction: Instruction, devices: int) -> list[int]:
@@ -221,7 +242,7 @@ def moved_bytes(instruction: Instruction, computation: Computation, module: Modu
         return 0.0
     shapes = computation.operand_shapes(instruction)
     if instruction.opcode == "fusion":
-        return _fusion_bytes(instruction, shapes, module.computations[instruction.called("calls")[0]])
+        return _fusion_bytes(instruction, shapes, module.computations[instruction.called("calls")[0]], module)
     written = array_bytes(instruction.shape, main_memory=True)
     if instruction.opcode in _READS_PART:
         return 2 * written
@@ -230,10 +251,10 @@ def moved_bytes(instruction: Instruction, computation: Computation, module: Modu
     return written + sum(array_bytes(shape, main_memory=True) for shape in shapes)
 
 
-def _fusion_bytes(fusion: Instruction, shapes: list[str], inner: Computation) -> float:
+def _fusion_bytes(fusion: Instruction, shapes: list[str], inner: Computation, module: Module) -> float:
     written = array_bytes(fusion.shape, main_memory=True)
     read = 0.0
-    parameters = {int(item.arguments): item.name for item in inner.instructions if item.opcode == "parameter"}
+    parameters = _parameters(inner)
     for place, shape in enumerate(shapes):
         users = [item for item in inner.instructions if parameters.get(place) in item.operands]
         whole = array_bytes(shape, main_memory=True)
@@ -242,8 +263,31 @@ def _fusion_bytes(fusion: Instruction, shapes: list[str], inner: Computation) ->
             # Written in place: neither read nor written as a whole.
             changed = sum(array_bytes(inner.by_name[u.operands[1]].shape) for u in updates)
             written += min(changed, whole) - whole
-        elif users and all(user.opcode in _READS_PART for user in users):
-            read += min(whole, sum(array_bytes(user.shape) for user in users))
         else:
-            read += whole
+            read += min(whole, _read_bytes(parameters.get(place, ""), inner, module))
     return max(written, 0.0) + read
+
+
+def _parameters(computation: Computation) -> dict[int, str]:
+    """Names of a computation's parameters by their place."""
+    return {int(item.arguments): item.name for item in computation.instructions if item.opcode == "parameter"}
+
+
+def _read_bytes(name: str, inner: Computation, module: Module) -> float:
+    """Bytes that fused instructions read of an array: of one that they only cut slices from, the slices."""
+    total = 0.0
+    for user in inner.instructions:
+        if name not in user.operands:
+            continue
+        if user.opcode in _READS_PART:
+            total += array_bytes(user.shape)
+        elif user.opcode == "bitcast":
+            total += _read_bytes(user.name, inner, module)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called("calls")[0]]
+            names = _parameters(nested)
+            places = (place for place, operand in enumerate(user.operands) if operand == name)
+            total += sum(_read_bytes(names.get(place, ""), nested, module) for place in places)
+        else:
+            return math.inf
+    return total

@@ -5,7 +5,9 @@ python train.py --config configs/minimax_text_01.py:v5p_4096 --compile_only --to
 
 import math
 import re
+import resource
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,20 +15,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmx_jax.config import LIGHTNING, MESH_AXES, MeshConfig, RunConfig, StageConfig
+from mmx_jax.config import LIGHTNING, MESH_AXES, ConfigError, MeshConfig, RunConfig, StageConfig
 from mmx_jax.flops import forward_flops, training_flops_per_token
 from mmx_jax.training.stages import StageSetup
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step, stage_model
 from pallas_kernels import dispatch
+from pallas_kernels.softmax.chunked import block_lengths
 from parallel import hlo
 from parallel.mesh import make_mesh
 from parallel.roofline import KERNEL_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Cost, Roofline
+from parallel.sharding import DEFAULT_RULES
 from parallel.topology import Topology
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 BACKWARD_KERNEL = 1.75
 """Arithmetic of each of the two kernels of an attention's backward over that of its forward."""
+SLOWER_MATMUL = 0.75
+"""A second, more cautious share of the peak for matrix products, at which the estimate is made again."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,22 @@ def compile_ahead(target: Target) -> dict[str, Any]:
         return report | {"fits": False}
     report["memory_per_chip"] |= _memory(report["memory_per_chip"], compiled.memory_analysis())
     report["fits"] = report["memory_per_chip"]["total"] <= report["memory_per_chip"]["hbm"]
-    micro_batches = target.sequences // target.stage.batch.micro_batch
-    roofline = Roofline(target.topology.chip, list(mesh.devices.flat), _kernel_flops(target, mesh), micro_batches)
-    return report | estimate(target, roofline.cost(hlo.parse(compiled.as_text())))
+    devices = list(mesh.devices.flat)
+    roofline = Roofline(target.topology.chip, devices, _kernel_flops(target, mesh), _unknown_loops(target, mesh))
+    module = hlo.parse(compiled.as_text())
+    slower = replace(roofline, matmul_efficiency=SLOWER_MATMUL).cost(module)
+    return report | estimate(target, roofline.cost(module), slower)
+
+
+def does_not_fit(report: dict[str, Any]) -> ConfigError:
+    """What to tell who asked for a step that needs more memory than a chip has."""
+    memory = report["memory_per_chip"]
+    needed = f"{memory['total'] / 2**30:.1f}" if "total" in memory else "more"
+    return ConfigError(
+        f"{report['config']} does not fit on {report['topology']}: the step needs {needed} GiB a chip, "
+        f"{memory['hbm'] / 2**30:.1f} are there; a larger slice, --config.stages.0.remat=layer, a smaller micro_batch "
+        "or another mesh (--search) would need less"
+    )
 
 
 def _lower(target: Target, mesh: Mesh) -> Any:
@@ -107,7 +126,8 @@ def _lower(target: Target, mesh: Mesh) -> Any:
     step = make_train_step(config.model, stage, setup.optimizer, setup.factors, setup.abstract, config.compiler)
     scalars = (jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
                for dtype in (jnp.int32, jnp.float32))  # fmt: skip
-    with jax.set_mesh(mesh), dispatch.target(target.topology.chip.platform):
+    chip = target.topology.chip
+    with jax.set_mesh(mesh), dispatch.target(chip.platform, chip.compute_capability):
         return step.lower(setup.abstract, batch, *scalars)
 
 
@@ -141,16 +161,18 @@ def shard_bytes(tree: Any) -> int:
 
 
 def _memory(known: dict[str, int], stats: Any) -> dict[str, int]:
-    """Parts of a chip's memory; gradients are in the temporaries, the updated state lies where the old one lay."""
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    total += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    gradients = min(known["gradients"], stats.temp_size_in_bytes)
+    """Parts of a chip's memory at the step's peak; gradients are temporaries, the new state lies where the old one lay.
+
+    The peak is what the chip must have: the compiler's sum of temporaries also counts those that share a place.
+    """
+    peak = stats.peak_memory_in_bytes
+    gradients = min(known["gradients"], peak - stats.argument_size_in_bytes)
     return {
         "arguments": stats.argument_size_in_bytes,
         "gradients": gradients,
-        "other_temporaries": stats.temp_size_in_bytes - gradients,
+        "other_temporaries": peak - stats.argument_size_in_bytes - gradients,
         "program": stats.generated_code_size_in_bytes,
-        "total": total,
+        "total": peak + stats.generated_code_size_in_bytes,
     }
 
 
@@ -165,26 +187,55 @@ def _exhausted(message: str, state: int) -> dict[str, int]:
     return {"total": needed + (0 if whole else state), "hbm": there}
 
 
-def _kernel_flops(target: Target, mesh: Mesh) -> Any:
-    """Arithmetic of one call of an attention kernel on one chip, by the kernel's name."""
+def _kernel_flops(target: Target, mesh: Mesh) -> Callable[[hlo.Instruction, Sequence[str]], float]:
+    """Arithmetic of one call of a kernel on one chip, by its instruction and the shapes of its operands."""
     model = stage_model(target.config.model, target.stage)
     flops = forward_flops(model, target.stage.sequence_length)
     lightning = model.layers.count(LIGHTNING)
+    softmax = model.num_layers - lightning
     tokens = target.stage.batch.micro_batch * target.stage.sequence_length / mesh.size
     each = {
         "lightning": flops.lightning_mixing * tokens / max(lightning, 1),
-        "splash": flops.softmax_mixing * tokens / max(model.num_layers - lightning, 1),
+        "splash": flops.softmax_mixing * tokens / max(softmax, 1),
+        "softmax_attention": flops.softmax_mixing * tokens / max(softmax, 1),
     }
 
-    def of(name: str) -> float:
-        backward = any(part in name for part in ("dq", "dk", "dv"))
+    def of(item: hlo.Instruction, shapes: Sequence[str]) -> float:
+        if "expert_matmul" in item.op_name:
+            return _grouped_matmul_flops(shapes)
+        # Pallas kernels on TPUs are called by name; those on GPUs are known by the scope that they stand in.
+        name = item.name if target.topology.chip.platform == "tpu" else item.op_name
+        backward = any(part in item.name for part in ("dq", "dk", "dv")) or (
+            "transpose(" in name and "rematted_computation" not in name
+        )
         return next((cost for kind, cost in each.items() if kind in name), 0.0) * (BACKWARD_KERNEL if backward else 1)
 
     return of
 
 
-def estimate(target: Target, cost: Cost) -> dict[str, Any]:
-    """Speed of a step by the roofline, and its collectives by kind."""
+def _unknown_loops(target: Target, mesh: Mesh) -> Callable[[hlo.Instruction], float]:
+    """How often loops run that end by a value: those over micro-batches, and over the blocks of keys that are seen.
+
+    Under a causal mask a block of queries sees half of the keys on average.
+    """
+    stage, model = target.stage, target.config.model
+    rows = stage.batch.micro_batch // math.prod(mesh.shape[axis] for axis in DEFAULT_RULES.batch)
+    queries, heads = stage.sequence_length // mesh.shape["sequence"], model.num_heads // mesh.shape["tensor"]
+    with dispatch.target(target.topology.chip.platform):
+        _, block = block_lengths(rows, queries, stage.sequence_length, heads)
+    seen = (math.ceil(stage.sequence_length / block) + 1) / 2
+    micro_batches = target.sequences // stage.batch.micro_batch
+    return lambda loop: seen if "softmax_attention" in loop.op_name else micro_batches
+
+
+def _grouped_matmul_flops(shapes: Sequence[str]) -> float:
+    """Of rows [M, K] by the weights [E, K, N] of their experts, or by rows [M, N] to the weights' gradient."""
+    matrices = [sizes for shape in shapes if len(sizes := hlo.dimensions(shape)) > 1]
+    return 2.0 * math.prod(matrices[0]) * matrices[1][-1] if len(matrices) > 1 else 0.0
+
+
+def estimate(target: Target, cost: Cost, slower: Cost) -> dict[str, Any]:
+    """Speed of a step by the roofline, with slower matrix products beside it, and its collectives by kind."""
     peak = target.topology.chip.peak_flops * target.topology.chips
     collectives: dict[str, Any] = {}
     for (kind, how, what), value in cost.collectives.items():
@@ -195,6 +246,8 @@ def estimate(target: Target, cost: Cost) -> dict[str, Any]:
             entry[what] = entry.get(what, 0) + (round(value) if what == "bytes" else value)
     for entry in collectives.values():
         entry |= {key: round(entry.get(key, 0.0), 4) for key in ("seconds", "exposed_seconds")}
+        entry |= {key: round(entry.get(key, 0)) for key in ("hidden_bytes", "with_matmul")}
+        entry["hidden_share"] = round(entry["hidden_bytes"] / entry["bytes"], 4) if entry["bytes"] else 1.0
     return {
         "program_flops_per_chip": cost.flops,
         "memory_bytes_per_chip": cost.memory_bytes,
@@ -206,7 +259,13 @@ def estimate(target: Target, cost: Cost) -> dict[str, Any]:
             "tokens_per_second": round(target.tokens / cost.seconds),
             "mfu": round(target.model_flops / (peak * cost.seconds), 4),
             "efficiency": {"matmul": MATMUL_EFFICIENCY, "kernels": KERNEL_EFFICIENCY, "memory": MEMORY_EFFICIENCY},
+            "slower_matmul": {
+                "matmul": SLOWER_MATMUL,
+                "step_seconds": round(slower.seconds, 3),
+                "mfu": round(target.model_flops / (peak * slower.seconds), 4),
+            },
         },
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
     }
 
 

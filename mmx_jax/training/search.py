@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from mmx_jax.config import ConfigError, RunConfig
-from mmx_jax.training.ahead import Target, compile_ahead, mesh_sizes, shard_bytes, with_mesh
+from mmx_jax.flops import TRAINING_FACTOR, forward_flops
+from mmx_jax.training.ahead import BACKWARD_KERNEL, Target, compile_ahead, mesh_sizes, shard_bytes, with_mesh
 from mmx_jax.training.stages import StageSetup
 from mmx_jax.training.state import abstract_batch
 from parallel.mesh import AXES
-from parallel.roofline import MATMUL_EFFICIENCY
+from parallel.roofline import KERNEL_EFFICIENCY, MATMUL_EFFICIENCY
 from parallel.sharding import ShardingError
 
 COMPILED = 3
@@ -24,7 +25,11 @@ COMPILED = 3
 FILLED = 0.9
 """Share of a chip's memory that a candidate may need on paper."""
 WORK = {"none": 1.0, "dots": 1.2, "attention": 1.3, "layer": 4 / 3}
-"""Arithmetic of a step over that without recomputation."""
+"""Matrix products of a step over those without recomputation."""
+MIXING = {"none": 1 + 2 * BACKWARD_KERNEL, "attention": 1 + 2 * BACKWARD_KERNEL}
+"""Attention kernels of a step over those of a forward pass; policies that are not here run the forward twice."""
+EXPOSED_TRAVEL = 0.65, 0.25
+"""Share of the all-to-alls' time that a step waits, with one token group and with several: as in compiled steps."""
 log = logging.getLogger(__name__)
 
 
@@ -72,13 +77,12 @@ def candidates(target: Target) -> Iterator[Candidate]:
     experts = [n for n in _divisors(chips) if model.num_experts % n == 0] if model.num_experts else [1]
     tensors = [n for n in _divisors(chips) if n <= 8 and model.num_heads % n == 0]
     sequences = [n for n in _divisors(chips) if n <= 64]
-    for expert, tensor, sequence in itertools.product(experts, tensors, sequences):
-        if chips % (expert * tensor * sequence) or (target.topology.slices > 1 and chips == expert * tensor * sequence):
+    slices = target.topology.slices
+    for data, expert, tensor, sequence in itertools.product({1, slices}, experts, tensors, sequences):
+        fsdp, rest = divmod(chips, data * expert * tensor * sequence)
+        if rest or data * fsdp % slices:
             continue
-        sizes = {
-            "data": 1, "fsdp": chips // (expert * tensor * sequence), "expert": expert, "sequence": sequence,
-            "tensor": tensor,
-        }  # fmt: skip
+        sizes = {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
         for remat in WORK:
             try:
                 config = with_mesh(target.config, sizes, remat, target.stage_index)
@@ -102,8 +106,10 @@ def weigh(target: Target, devices: Sequence[jax.Device]) -> Candidate:
     mesh = Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     abstract_batch(1, stage.batch.micro_batch, stage.sequence_length, mesh)
     state = StageSetup(target.config, stage, mesh).abstract
-    kept = shard_bytes(state.params) * 2 + shard_bytes(state.optimizer)
-    return Candidate(target.config, kept + _activations(target), _step_seconds(target))
+    summed = 2 if target.sequences > stage.batch.micro_batch else 1  # gradients: of all micro-batches, and of one
+    kept = shard_bytes(state.params) * (1 + summed) + shard_bytes(state.optimizer)
+    between = _slices_seconds(target, shard_bytes(state.params))
+    return Candidate(target.config, kept + _activations(target), _step_seconds(target) + between)
 
 
 def _rows(target: Target) -> float:
@@ -122,7 +128,8 @@ def _activations(target: Target) -> float:
     layer = 2 * model.hidden_size
     kept = {"layer": layer, "attention": 2 * layer, "dots": layer + dots, "none": layer + 2 * (dots + expert)}
     working = 3 * (dots + expert) + 8 * stage.loss_chunk / mesh.tensor
-    return _rows(target) * (model.num_layers * kept[stage.remat] + working) + 2 * _gathered(target)
+    vocabulary = 8 * model.vocab_size * model.hidden_size / mesh.tensor  # bf16 embedding and head, one fp32 gradient
+    return _rows(target) * (model.num_layers * kept[stage.remat] + working) + 2 * _gathered(target) + vocabulary
 
 
 def _gathered(target: Target) -> float:
@@ -136,14 +143,38 @@ def _gathered(target: Target) -> float:
 def _step_seconds(target: Target) -> float:
     model, stage, mesh, chip = target.config.model, target.stage, target.config.mesh, target.topology.chip
     micro_batches = target.sequences / stage.batch.micro_batch
-    computing = target.model_flops * WORK[stage.remat] / target.topology.chips / (MATMUL_EFFICIENCY * chip.peak_flops)
     passes = 2 if stage.remat == "none" else 3
     links = chip.ici_bandwidth
+    torus = chip.platform == "tpu"  # there a collective along one axis has but that axis's links
     weights = (passes + 1) * _gathered(target) / links if target.topology.chips > mesh.tensor * mesh.sequence else 0.0
     row = 2 * model.hidden_size * _rows(target) / mesh.tensor
     travel = 0.0
     if mesh.expert > 1:
         slots = model.experts_per_token * stage.transport.block_factor
-        travel = 2 * passes * slots * row * min(mesh.expert, max(target.topology.shape)) / 8 / (links / 6)
-    sums = 4 * passes * row * (mesh.tensor - 1) / (links / 3)
-    return computing + micro_batches * model.num_layers * (weights + travel + sums)
+        hops = min(mesh.expert, max(target.topology.shape)) / 8 * 6 if torus else 1.0
+        travel = 2 * passes * slots * row * hops / links
+        travel *= EXPOSED_TRAVEL[stage.transport.token_groups > 1]
+    sums = 4 * passes * row * (mesh.tensor - 1) * (3 if torus else 1) / links
+    return _computing_seconds(target) + micro_batches * model.num_layers * (weights + travel + sums)
+
+
+def _slices_seconds(target: Target, params: int) -> float:
+    """What a step waits for other slices: for bf16 weights and gradients (fsdp), or for fp32 gradients alone (data)."""
+    slices, stage = target.topology.slices, target.stage
+    passes = 2 if stage.remat == "none" else 3
+    each = 2 * params / slices if target.config.mesh.data == slices else (passes + 2) * params / 2
+    micro_batches = target.sequences / stage.batch.micro_batch
+    return EXPOSED_TRAVEL[1] * micro_batches * (slices - 1) * each / target.topology.chip.dcn_bandwidth
+
+
+def _computing_seconds(target: Target) -> float:
+    """Matrix products, with the empty rows of transport blocks, and attention kernels."""
+    model, stage, chip = target.config.model, target.stage, target.topology.chip
+    flops = forward_flops(model, stage.sequence_length)
+    mixing = flops.lightning_mixing + flops.softmax_mixing
+    travels = target.config.mesh.expert > 1 and model.capacity_factor is not None
+    empty = flops.ffn * (stage.transport.block_factor - 1) if travels else 0.0
+    products = TRAINING_FACTOR * WORK[stage.remat] * (flops.total - mixing + empty)
+    kernels = MIXING.get(stage.remat, 2 + 2 * BACKWARD_KERNEL) * mixing
+    seconds = (products / MATMUL_EFFICIENCY + kernels / KERNEL_EFFICIENCY) / chip.peak_flops
+    return seconds * target.tokens / target.topology.chips

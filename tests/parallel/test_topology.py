@@ -1,12 +1,9 @@
 """Slices that exist, and the step compiled for one that is not there."""
 
-import fcntl
 import json
 import math
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax.config import (
@@ -32,8 +28,9 @@ from mmx_jax.config import (
 )
 from mmx_jax.flops import training_flops_per_token
 from mmx_jax.model import parameter_spec
-from mmx_jax.training.ahead import Target, compile_ahead
-from mmx_jax.training.search import candidates
+from mmx_jax.training import ahead_plot
+from mmx_jax.training.ahead import Target, compile_ahead, does_not_fit
+from mmx_jax.training.search import candidates, search
 from parallel import hlo
 from parallel.mesh import make_mesh
 from parallel.roofline import Roofline
@@ -72,7 +69,9 @@ def test_real_slices_are_read() -> None:
         ("v5q:2x2x1", ["'v5q'", "v5p"]),
         ("v5p", ["kind:shape", "v5p:4x4x4"]),
         ("v5p:2x2x1*0", ["at least one slice"]),
+        ("v5p:2x2x1*999999999", ["at most 64"]),
         ("h100:8*2", ["one host"]),
+        ("h100:3", ["2, 4, 8"]),
     ],
 )
 def test_other_slices_are_refused(text: str, named: list[str]) -> None:
@@ -83,14 +82,130 @@ def test_other_slices_are_refused(text: str, named: list[str]) -> None:
         assert part in str(refusal.value)
 
 
-def test_the_command_line_refuses() -> None:
-    """One line and exit code 2, for a slice that does not exist and for none."""
-    for flag, named in (("--topology=v5p:3x3x3", "2x4x4"), ("--search", "--topology")):
-        command = [sys.executable, "train.py", "--config", "configs/research_20m.py", "--compile_only", flag]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-        assert ended.returncode == 2, ended.stderr
-        assert named in ended.stderr.splitlines()[-1]
-        assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--compile_only", "--topology=v5p:3x3x3"], "2x4x4"),
+        (["--compile_only", "--topology="], "kind:shape"),
+        (["--compile_only", "--search"], "--topology"),
+        (["--search"], "--search goes with --compile_only"),
+        (["--topology=v5p:2x2x1"], "--topology goes with --compile_only"),
+        (["--compile_only", "--topology=h100:4", "--config.mesh.expert=3"], "4 devices are no multiple of 3"),
+        (["--compile_only", "--topology=h100:8", "--config.stages.0.batch.micro_batch=4"], "does not divide by the 8"),
+    ],
+)
+def test_the_command_line_refuses(given: list[str], named: str) -> None:
+    """One line and exit code 2: a slice that does not exist or none, flags that would do nothing, sizes."""
+    command = [sys.executable, "train.py", "--config", "configs/research_20m.py", *given]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert named in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_picture_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn and tabled from the lines; a line that is none is refused by its number."""
+    memory = {"params": 1, "moments": 2, "arguments": 4, "gradients": 1, "other_temporaries": 5, "program": 1}
+    report = {
+        "config": "tiny", "topology": "v5p:2x2x1", "chips": 4, "mesh": {"fsdp": 4}, "remat": "layer",
+        "sequences_per_step": 8, "sequence_length": 512, "memory_per_chip": memory | {"hbm": 16, "total": 11},
+        "lower_seconds": 1.0, "compile_seconds": 2.0, "host_peak_bytes": 10**9,
+        "estimate": {"mfu": 0.5, "step_seconds": 2.0, "exposed_collective_seconds": 1.0, "slower_matmul": {"mfu": 0.4}},
+    }  # fmt: skip
+    lines, picture = tmp_path / "reports.jsonl", tmp_path / "memory.png"
+    lines.write_text(json.dumps(report) + "\n")
+    ahead_plot.main(["plot", str(lines), str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (
+        "| fsdp 4 | layer | 8 x 512 | 0.0 of 0 | 0.500, 0.400 | 2.00, 1.00 | 3 s | 1.0 GB |" in capsys.readouterr().out
+    )
+    del memory["params"]
+    with lines.open("a") as file:
+        file.write(json.dumps(report | {"memory_per_chip": memory}) + "\n")
+    with pytest.raises(SystemExit) as end:
+        ahead_plot.main(["plot", str(lines), str(picture)])
+    assert end.value.code == 2
+    assert "line 2" in capsys.readouterr().err
+
+
+SLICES = """
+HloModule two_slices
+
+ENTRY %main (rows: bf16[8,64]) -> bf16[2,8,64] {
+  %rows = bf16[8,64]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[8,64]{1,0}, u32[], token[]) send(%rows, %token), channel_id=1, is_host_transfer=true
+  %recv = (bf16[2,8,64]{2,1,0}, u32[], token[]) recv(%token), channel_id=2, KIND
+  %double = bf16[8,64]{1,0} add(%rows, %rows)
+  %sent = token[] send-done(%send), channel_id=1
+  %arrived = (bf16[2,8,64]{2,1,0}, token[]) recv-done(%recv), channel_id=2
+  ROOT %out = bf16[2,8,64]{2,1,0} get-tuple-element(%arrived), index=0
+}
+"""
+
+
+FUSED = """
+HloModule slices_of_a_long_array
+
+%inner (long: f32[4096,128], at: s32[]) -> f32[8,128] {
+  %long = f32[4096,128]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[8,128]{1,0} dynamic-slice(%long, %at, %zero), dynamic_slice_sizes={8,128}
+}
+
+%outer (keys: f32[4096,128], place: s32[]) -> f32[8,128] {
+  %keys = f32[4096,128]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %part = f32[8,128]{1,0} fusion(%keys, %place), kind=kLoop, calls=%inner
+  ROOT %twice = f32[8,128]{1,0} add(%part, %part)
+}
+
+ENTRY %main (a: f32[4096,128], i: s32[]) -> f32[8,128] {
+  %a = f32[4096,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = f32[8,128]{1,0} fusion(%a, %i), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_slice_cut_inside_a_fusion_is_read_as_a_slice() -> None:
+    """8 of 4,096 rows are read and 8 are written, however deep the fusion that cuts them."""
+    cost = Roofline(CHIPS["v5p"], [], lambda item, shapes: 0.0).cost(hlo.parse(FUSED))
+    assert cost.memory_bytes == pytest.approx(2 * 8 * 128 * 4, abs=8)
+
+
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.usefixtures("compiler")
+class TestGpus:
+    """With the GPU compiler, without a GPU."""
+
+    def test_devices(self) -> None:
+        """As many as the name says, of the kind meant."""
+        devices = parse_topology("h100:8").devices()
+        assert [device.device_kind for device in devices] == ["NVIDIA H100 80GB HBM3"] * 8
+
+    def test_a_gather_is_counted(self) -> None:
+        """Four devices behind one switch: three quarters of an array arrive, over all links of a device."""
+        mesh = make_mesh({"fsdp": 4}, parse_topology("h100:4").devices())
+        w = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+        whole = NamedSharding(mesh, PartitionSpec())
+        text = jax.jit(lambda w: w, out_shardings=whole).lower(w).compile().as_text()
+        cost = Roofline(CHIPS["h100"], list(mesh.devices.flat), lambda item, shapes: 0.0).cost(hlo.parse(text))
+        sums = {what: value for (kind, _, what), value in cost.collectives.items() if kind == "all-gather"}
+        assert (sums["count"], sums["bytes"]) == (1, 3 * 1024 * 1024 * 4)
+        assert sums["seconds"] == pytest.approx(3 * 1024 * 1024 * 4 / 450e9)
+
+    def test_the_step(self) -> None:
+        """The step of a small model, our kernels included where they support it."""
+        report = compile_ahead(Target(RUN, parse_topology("h100:4")))
+        memory = report["memory_per_chip"]
+        assert report["fits"] is True
+        assert memory["total"] >= memory["arguments"] + memory["gradients"] + memory["other_temporaries"]
+        assert memory["hbm"] == 80 * 10**9
+        assert report["program_flops_per_chip"] > report["flops_per_step"] / 4
+        assert "all-to-all" in report["collectives"]
+        assert 0 < report["estimate"]["slower_matmul"]["mfu"] <= report["estimate"]["mfu"] < 1
 
 
 def test_compiler_options_are_checked() -> None:
@@ -99,20 +214,6 @@ def test_compiler_options_are_checked() -> None:
         CompilerConfig(tpu=(("fast", "true"),))
     with pytest.raises(ConfigError, match="twice"):
         CompilerConfig(tpu=(("xla_a", "1"), ("xla_a", "2")))
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[None]:
-    """One process at a time compiles, without the cache: what is compiled for absent chips cannot be read back."""
-    folder = jax.config.jax_compilation_cache_dir
-    with (Path(tempfile.gettempdir()) / "mmx-jax-libtpu.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
-        yield
-        jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()
 
 
 @pytest.mark.xdist_group("libtpu")
@@ -128,6 +229,17 @@ class TestCompiler:
         devices = topology.devices()
         assert len(devices) == topology.chips
         assert len({getattr(device, "slice_index", 0) for device in devices}) == topology.slices
+
+    def test_what_crosses_slices_is_counted(self) -> None:
+        """The compiler makes a `recv` of it, beside a collective in each slice; half of what it brings is one's own."""
+        text = SLICES.replace("KIND", 'frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}')
+        devices = parse_topology("v6e:4x4*2").devices()
+        cost = Roofline(CHIPS["v6e"], devices, lambda item, shapes: 0.0).cost(hlo.parse(text))
+        found = {what: value for (kind, _, what), value in cost.collectives.items() if kind.endswith("between slices")}
+        assert found["count"] == 1
+        assert found["bytes"] == pytest.approx(8 * 64 * 2, abs=4)
+        assert found["seconds"] == pytest.approx(found["bytes"] / 12.5e9)
+        assert 0 < found["exposed_seconds"] < found["seconds"], "the sum of rows runs meanwhile"
 
     def test_every_candidate_uses_all_chips(self) -> None:
         """Meshes on paper: sizes divide, their product is the number of chips, rematerialisation saves memory."""
@@ -157,7 +269,7 @@ class TestCompiler:
         specs = (PartitionSpec("fsdp"), PartitionSpec(None, "fsdp"))
         mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0])
         text = jax.jit(mapped).lower(x, w).compile().as_text()
-        cost = Roofline(CHIPS["v5p"], list(mesh.devices.flat), lambda name: 0.0).cost(hlo.parse(text))
+        cost = Roofline(CHIPS["v5p"], list(mesh.devices.flat), lambda item, shapes: 0.0).cost(hlo.parse(text))
         counts = {kind: value for (kind, _, what), value in cost.collectives.items() if what == "count"}
         received = sum(value for (_, _, what), value in cost.collectives.items() if what == "bytes")
         assert counts == {"all-gather": 5}
@@ -195,3 +307,13 @@ class TestCompiler:
         report = compile_ahead(Target(run, parse_topology("v5e:1x1")))
         assert report["fits"] is False
         assert report["memory_per_chip"]["total"] > report["memory_per_chip"]["hbm"] > 15 * 2**30
+        assert "tiny does not fit on v5e:1x1" in str(does_not_fit(report))
+
+    def test_a_search(self) -> None:
+        """The best candidates on paper are compiled; what fits nowhere is refused with what it would need."""
+        (best,) = search(Target(RUN, parse_topology("v5p:2x2x1")), compiled=1)
+        assert best["fits"] is True
+        assert best["on_paper"]["seconds"] > 0
+        huge = replace(RUN, model=replace(MODEL, vocab_size=1 << 24, hidden_size=4096))
+        with pytest.raises(ConfigError, match=r"tiny does not fit on v5e:1x1: .* needs about \d+ GiB a chip, 16 GiB"):
+            search(Target(huge, parse_topology("v5e:1x1")))
