@@ -66,7 +66,7 @@ CASES = (
     Case("R: B1 T8192 N64", 1, 8192, 64, checked=True),
     Case("B4 T8192 N64", 4, 8192, 64),
     Case("B1 T32768 N64", 1, 32768, 64),
-    Case("B1 T32768 N64 packed 16", 1, 32768, 64, segments=16, checked=True),
+    Case("B1 T32768 N64 packed 16", 1, 32768, 64, segments=16),
     Case("B1 T131072 N64", 1, 131072, 64),
     Case("B1 T8192 N16", 1, 8192, 16),
     Case("B1 T32768 N16", 1, 32768, 16),
