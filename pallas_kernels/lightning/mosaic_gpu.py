@@ -23,16 +23,18 @@ from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Tuning
 from pallas_kernels.lightning.mosaic_gpu_scan import scan
 
 HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 160, 24), terms=2)
-# One term is exact enough for gradients (2e-3), not for a returned state (1.6e-3).
-HALF_ONE = dataclasses.replace(HALF, terms=1)
-WHOLE_ONE = Tuning(tile=128, stages=2, outputs=1, registers=(248, 224, 32), terms=1)
+WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(248, 224, 32), terms=2)
 STATE = Tuning(tile=64, stages=4, outputs=0, terms=2)
+# One term is exact enough for gradients (2e-3), not for a returned state (1.6e-3).
+HALF_ONE, WHOLE_ONE, STATE_ONE = (dataclasses.replace(tuning, terms=1) for tuning in (HALF, WHOLE, STATE))
 
 MULTIPROCESSORS = 132
-# Microseconds on an H100 with all multiprocessors busy: of a step of a CTA, of a launch, of adding a piece's state.
-STEP = {HALF: 1.45, HALF_ONE: 1.4, WHOLE_ONE: 2.2, STATE: 1.0}
+# On an H100: microseconds of a step of a CTA where memory does not limit it, of a launch, of adding a piece's state;
+# bytes that a microsecond moves, by columns a CTA (two of 64 columns read a and b twice, once of it from the cache).
+STEP = {HALF: 1.25, HALF_ONE: 1.2, WHOLE: 1.95, WHOLE_ONE: 1.7, STATE: 0.86, STATE_ONE: 0.8}
 LAUNCH = 4.0
 ADD_PIECE = 1.0
+BANDWIDTH = {64: 2.75e6, 128: 2.95e6}
 MOST_PIECES = 16
 
 # Positions of q, k, v, do among the operands.
@@ -70,7 +72,7 @@ def forward(
 ) -> tuple[Heads, State]:
     """Runs lightning attention; see `implementation.Implementation`."""
     initial = {} if initial_state is None else {FORWARD: _transposed(initial_state)}
-    results = _run([[(FORWARD,)]], [HALF], [q, k, v], slopes, segment_ids, initial)
+    results = _run([[(FORWARD,)]], [HALF, WHOLE], [q, k, v], slopes, segment_ids, initial)
     o, state = results[FORWARD]
     return o, _transposed(state)
 
@@ -91,7 +93,7 @@ def backward(
     if dstate is not None:
         initial |= {DK: dstate, DV: _transposed(dstate)}
     groupings: list[list[tuple[Job, ...]]] = [[(DK, DV, DQ)], [(DK, DV), (DQ,)]]
-    tunings = [HALF_ONE, WHOLE_ONE] if initial_state is None else [HALF]
+    tunings = [HALF_ONE, WHOLE_ONE] if initial_state is None else [HALF, WHOLE]
     results = _run(groupings, tunings, [q, k, v, do], slopes, segment_ids, initial)
     return results[DQ][0], results[DK][0], results[DV][0], results[DK][1]
 
@@ -141,17 +143,27 @@ def _cost(plan: Plan, rows: int, chunks: int) -> float:
     ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
     if plan.tuning.outputs and len(plan.jobs) > 2 and ctas > MULTIPROCESSORS:
         return float("inf")  # the jobs of a head drift apart and read the same operands from memory again
-    time = -(-ctas // MULTIPROCESSORS) * steps * STEP[plan.tuning] + LAUNCH + ADD_PIECE * (plan.pieces - 1)
+    busy = -(-ctas // MULTIPROCESSORS) * steps * STEP[plan.tuning]
+    moved = _tensors(plan) * rows * chunks * plan.tuning.chunk * HEAD_DIM * 2 / BANDWIDTH[plan.tuning.tile]
+    time = max(busy, moved) + LAUNCH + ADD_PIECE * (plan.pieces - 1)
     if plan.pieces > 1 and plan.tuning.outputs:
-        time += _cost(_states_only(plan), rows, chunks)
+        states = _states_only(plan)
+        time += _cost(states, rows, chunks) + LAUNCH * (len(states.jobs) < len(plan.jobs))
     return time
+
+
+def _tensors(plan: Plan) -> int:
+    """How many arrays a launch reads or writes whole."""
+    outputs = len(plan.jobs) if plan.tuning.outputs else 0
+    read = {x for job in plan.jobs for x in ((job.a, job.b, job.c) if outputs else (job.b, job.c))}
+    return len(read) + outputs
 
 
 def _states_only(plan: Plan) -> Plan:
     """The launch that takes the states which the pieces of a plan leave behind, without those that mirror another."""
     mirror, of = MIRROR
     jobs = tuple(job for job in plan.jobs if job != mirror or of not in plan.jobs)
-    return Plan(jobs, plan.pieces, STATE)
+    return Plan(jobs, plan.pieces, STATE if plan.tuning.terms == 2 else STATE_ONE)
 
 
 def _plans(

@@ -16,8 +16,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lightning import mosaic_gpu, mosaic_gpu_segments
-from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, HALF_ONE, WHOLE_ONE
-from pallas_kernels.lightning.mosaic_gpu_plan import Plan
+from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, HALF_ONE, WHOLE, WHOLE_ONE
+from pallas_kernels.lightning.mosaic_gpu_plan import Plan, Tuning
 from tests.kernels import cases
 
 BF16 = ml_dtypes.bfloat16
@@ -39,11 +39,11 @@ def interpreted(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
-    """Sets the plans of the backward and the pieces of the forward, in place of those that would be fastest."""
+    """Sets the plans of the backward and of the forward, in place of those that would be fastest."""
 
-    def set_plans(*backward: Plan, pieces: int = 1) -> None:
+    def set_plans(*backward: Plan, forward: tuple[int, Tuning] = (1, HALF)) -> None:
         def plans(groupings: list, *_: object) -> list[Plan]:
-            return [Plan((FORWARD,), pieces, HALF)] if groupings == [[(FORWARD,)]] else list(backward)
+            return [Plan((FORWARD,), *forward)] if groupings == [[(FORWARD,)]] else list(backward)
 
         monkeypatch.setattr(mosaic_gpu, "_plans", plans)
 
@@ -71,32 +71,34 @@ def check(x: cases.Inputs, *, states: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "slopes", "states", "plans", "pieces"),
+    ("length", "slopes", "states", "plans", "forward"),
     [
-        (1, FAST_AND_SLOW, True, [Plan((DK, DV, DQ), 1, HALF)], 1),
-        (257, MIDDLE_AND_SLOWEST, False, [Plan((DK, DV), 1, WHOLE_ONE), Plan((DQ,), 1, HALF_ONE)], 1),
-        (200, FAST_AND_SLOW, True, [Plan((DK, DV), 2, HALF), Plan((DQ,), 4, HALF)], 4),
+        (1, FAST_AND_SLOW, True, [Plan((DK, DV, DQ), 1, HALF)], (1, HALF)),
+        (257, MIDDLE_AND_SLOWEST, False, [Plan((DK, DV), 1, WHOLE_ONE), Plan((DQ,), 1, HALF_ONE)], (1, WHOLE)),
+        (200, FAST_AND_SLOW, True, [Plan((DK, DV), 2, WHOLE), Plan((DQ,), 4, HALF)], (4, HALF)),
     ],
     ids=["one token", "ragged, whole width", "pieces"],
 )
 def test_forward_and_backward_equal_the_recurrence(
-    length: int, slopes: tuple[float, ...], states: bool, plans: list[Plan], pieces: int, choose: Choose
+    length: int, slopes: tuple[float, ...], states: bool, plans: list[Plan], forward: tuple[int, Tuning], choose: Choose
 ) -> None:
     """INV-06, INV-07, INV-15, INV-16: lengths around the chunk, states in and out, shared launches, cut sequences."""
-    choose(*plans, pieces=pieces)
+    choose(*plans, forward=forward)
     check(cases.inputs(length, batch=1, slopes=slopes, dim=128, dtype=BF16), states=states)
 
 
 @pytest.mark.parametrize(
-    ("plans", "pieces", "states"),
+    ("plans", "forward", "states"),
     [
-        ([Plan((DK, DV, DQ), 2, WHOLE_ONE)], 1, False),
-        pytest.param([Plan((DK, DV), 1, HALF), Plan((DQ,), 1, HALF)], 2, True, marks=pytest.mark.full),
+        ([Plan((DK, DV, DQ), 2, WHOLE_ONE)], (1, HALF), False),
+        pytest.param([Plan((DK, DV), 1, HALF), Plan((DQ,), 1, HALF)], (2, WHOLE), True, marks=pytest.mark.full),
     ],
 )
-def test_packed_rows_equal_the_recurrence(plans: list[Plan], pieces: int, states: bool, choose: Choose) -> None:
+def test_packed_rows_equal_the_recurrence(
+    plans: list[Plan], forward: tuple[int, Tuning], states: bool, choose: Choose
+) -> None:
     """INV-36: boundaries anywhere and at chunk edges, padding before, inside and after, whole chunks without either."""
-    choose(*plans, pieces=pieces)
+    choose(*plans, forward=forward)
     ids = np.repeat(np.int32([0, 1, 0, 1, 2, 0, 3]), (3, 30, 4, 27, 130, 5, 57))
     x = cases.inputs(len(ids), batch=1, slopes=MIDDLE_AND_SLOWEST, dim=128, dtype=BF16, segment_ids=ids[None])
     check(x, states=states)
@@ -115,9 +117,9 @@ def test_packed_rows_without_a_boundary_equal_unpacked_ones(choose: Choose) -> N
 
 def test_warpgroups_cannot_ask_for_more_registers_than_the_launch_gets() -> None:
     """A warpgroup that asks for more waits for ever: 384 threads are launched with 168 each, not 65536 / 384."""
-    dataclasses.replace(WHOLE_ONE, registers=(248, 224, 32))
+    dataclasses.replace(WHOLE, registers=(248, 224, 32))
     with pytest.raises(ValueError, match="512, more than 504"):
-        dataclasses.replace(WHOLE_ONE, registers=(248, 224, 40))
+        dataclasses.replace(WHOLE, registers=(248, 224, 40))
 
 
 @pytest.mark.parametrize(("reverse", "packed"), [(False, True), (True, False)])
