@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arrays import varying_like
 from pallas_kernels.grouped_matmul import grouped_matmul
 from parallel.rows import Queues, combine_slots, fill_blocks, gather_rows, gather_slots, queues
 from parallel.sharding import DEFAULT_RULES, Rules, ShardingError
@@ -157,6 +158,9 @@ def _local(plan: _Plan, x: Array, expert: Array, weight: Array, *weights: Array)
         kept = _kept(plan, expert, real)
         kept_slots = lax.psum(kept.sum(dtype=jnp.int32), plan.everywhere)
     with jax.named_scope("gather_weights"):
+        # Marked before they are gathered as used with other tokens on every device, so that their gradients are added
+        # up over the axes that do not split them once, and after they were scattered.
+        weights = tuple(varying_like(w, x) for w in weights)
         weights = tuple(_gathered(w, axis, plan.rules.expert_embed) for w, axis in zip(weights, (1, 1, 2)))
     expert = jnp.where(kept, expert, E).reshape(plan.groups, -1, k)
     parts = (x.reshape(plan.groups, -1, width), expert, weight.reshape(plan.groups, -1, k))
