@@ -149,7 +149,9 @@ def dimensions(shape: str) -> list[int]:
 
 
 def trip_count(loop: Instruction, module: Module) -> int | None:
-    """How often a `while` runs that counts up from 0 to a constant; None for one that ends otherwise."""
+    """How often a `while` runs: as the compiler says, or up from 0 to a constant; None for one that ends otherwise."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
     condition = module.computations[loop.called("condition")[0]].instructions
     limits = [item for item in condition if item.opcode == "constant" and item.shape.startswith("s32[]")]
     counts = any("direction=LT" in item.attributes for item in condition)

@@ -34,7 +34,7 @@ class Rules:
     gate_rank: MeshAxes = ()
     ffn: MeshAxes = ("tensor",)
     experts: MeshAxes = ("expert",)
-    expert_embed: MeshAxes = ("fsdp",)
+    expert_embed: MeshAxes = ("fsdp", "sequence")
     expert_ffn: MeshAxes = ("tensor",)
 
     def __post_init__(self) -> None:
