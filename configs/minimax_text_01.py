@@ -34,6 +34,7 @@ from dataclasses import replace
 from mmx_jax.config import (
     BatchConfig,
     CheckpointConfig,
+    CompilerConfig,
     ConfigError,
     DataConfig,
     ExpertTransport,
@@ -50,6 +51,11 @@ from mmx_jax.config import (
 
 BILLION = 10**9
 TRILLION = 10**12
+SPARSE_CORES = CompilerConfig().tpu + tuple(
+    (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "true")
+    for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce")
+)
+"""The chip's SparseCores gather weights and add up gradients while the rest of it computes (docs/scaling.md)."""
 
 
 def get_config(kind: str = "v5p_4096") -> RunConfig:
@@ -59,7 +65,7 @@ def get_config(kind: str = "v5p_4096") -> RunConfig:
       ConfigError: for another kind.
     """
     kinds: dict[str, Callable[[RunConfig], RunConfig]] = {
-        "v5p_4096": lambda run: run,
+        "v5p_4096": lambda run: replace(run, compiler=CompilerConfig(tpu=SPARSE_CORES)),
         "v5p_2048": _v5p_2048,
         "v5p_128": _v5p_128,
         "v6e_512": _v6e_512,
