@@ -15,6 +15,7 @@ model at this length.
 
 from mmx_jax.config import (
     BatchConfig,
+    CompilerConfig,
     ConfigError,
     DataConfig,
     ExpertTransport,
@@ -39,6 +40,8 @@ MODELS = {
 }  # fmt: skip
 ROWS = {"short": (16, 8192), "long": (1, 1_048_576)}
 """Rows of one device, and their tokens."""
+QUICK_TO_COMPILE = CompilerConfig(gpu=(("xla_gpu_autotune_level", "0"), ("xla_gpu_enable_triton_gemm", "false")))
+"""cuBLAS for all matrix products, by its own choice of algorithm: trying all others takes minutes of a GPU."""
 LOSS_CHUNK = {"short": 4096, "long": 1024}
 
 
@@ -60,4 +63,4 @@ def get_config(size: str = "short") -> RunConfig:
         transport=ExpertTransport(block_factor=1.25),
         loss_chunk=LOSS_CHUNK[size],
     )
-    return RunConfig(name=f"two_gpus_{size}", model=MODELS[size], stages=(stage,))
+    return RunConfig(name=f"two_gpus_{size}", model=MODELS[size], stages=(stage,), compiler=QUICK_TO_COMPILE)

@@ -46,23 +46,21 @@ TINY = RunConfig(
 
 @pytest.fixture(scope="module")
 def measurements() -> dict[str, dict]:
-    """One device, twice the rows on two, and the same rows on two."""
-    plan = Plan(steps=2, documents=3, profile=None)
-    found = compare(TINY, ["fsdp", "tensor"], jax.devices()[:2], plan)
+    """One device, and twice the rows on two."""
+    found = compare(TINY, ["fsdp"], jax.devices()[:2], Plan(steps=2, documents=3, profile=None))
     return {values["axis"]: values for values in found}
 
 
 def test_rows_and_losses_are_those_of_one_device(measurements: dict[str, dict]) -> None:
-    one, fsdp, tensor = (measurements[axis] for axis in ("none", "fsdp", "tensor"))
-    assert [values["tokens_per_step"] for values in (one, fsdp, tensor)] == [64, 128, 64]
-    assert [values["tokens_per_device"] for values in (one, fsdp, tensor)] == [64, 64, 32]
-    for values in (fsdp, tensor):
-        assert values["loss"] == pytest.approx(values["loss_of_one_device"], rel=1e-5)
-        assert values["problems"] == []
-    # The second half of what two devices read together is the second step of one device: other rows, another loss.
-    assert fsdp["loss"] != pytest.approx(tensor["loss"], rel=1e-4)
-    # The same rows: the gradients agree too, and so does training, step by step.
-    assert tensor["start"][0]["grad_norm"] == pytest.approx(one["start"][0]["grad_norm"], rel=1e-4)
+    one, fsdp = measurements["none"], measurements["fsdp"]
+    assert [values["tokens_per_step"] for values in (one, fsdp)] == [64, 128]
+    assert [values["tokens_per_device"] for values in (one, fsdp)] == [64, 64]
+    assert fsdp["loss"] == pytest.approx(fsdp["loss_of_one_device"], rel=1e-5)
+    assert fsdp["problems"] == []
+    # One device read the same rows in two parts, which differ.
+    first, second = one["start"]
+    assert first["loss"] != pytest.approx(second["loss"], rel=1e-4)
+    assert first["tokens"] + second["tokens"] == fsdp["start"][0]["tokens"] == 4 * (32 - 3)
 
 
 def test_speed_is_compared_with_one_device(measurements: dict[str, dict]) -> None:
