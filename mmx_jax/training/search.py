@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from mmx_jax.config import ConfigError, RunConfig
+from mmx_jax.config import LIGHTNING, ConfigError, RunConfig
 from mmx_jax.flops import TRAINING_FACTOR, forward_flops
 from mmx_jax.training.ahead import BACKWARD_KERNEL, Target, compile_ahead, mesh_sizes, shard_bytes, with_mesh
 from mmx_jax.training.stages import StageSetup
@@ -62,7 +62,7 @@ def search(target: Target, compiled: int = COMPILED) -> list[dict[str, Any]]:
     reports = []
     for candidate in fitting[:compiled]:
         report = compile_ahead(Target(candidate.config, target.topology, target.stage_index))
-        reports.append(report | {"on_paper": {"memory": candidate.memory, "seconds": round(candidate.seconds, 3)}})
+        reports.append(report | {"on_paper": {"memory": candidate.memory, "seconds": candidate.seconds}})
     return sorted(reports, key=lambda report: (not report["fits"], _seconds(report)))
 
 
@@ -146,7 +146,7 @@ def _step_seconds(target: Target) -> float:
     passes = 2 if stage.remat == "none" else 3
     links = chip.ici_bandwidth
     torus = chip.platform == "tpu"  # there a collective along one axis has but that axis's links
-    weights = (passes + 1) * _gathered(target) / links if target.topology.chips > mesh.tensor * mesh.sequence else 0.0
+    weights = (passes + 1) * _gathered(target) / links if target.topology.chips > mesh.tensor else 0.0
     row = 2 * model.hidden_size * _rows(target) / mesh.tensor
     travel = 0.0
     if mesh.expert > 1:
@@ -155,7 +155,22 @@ def _step_seconds(target: Target) -> float:
         travel = 2 * passes * slots * row * hops / links
         travel *= EXPOSED_TRAVEL[stage.transport.token_groups > 1]
     sums = 4 * passes * row * (mesh.tensor - 1) * (3 if torus else 1) / links
-    return _computing_seconds(target) + micro_batches * model.num_layers * (weights + travel + sums)
+    row_seconds = _sequence_bytes(target) * (3 if torus else 1) / links
+    return _computing_seconds(target) + micro_batches * (model.num_layers * (weights + travel + sums) + row_seconds)
+
+
+def _sequence_bytes(target: Target) -> float:
+    """What a chip receives along the sequence axis in a micro-batch: states, keys and values, fp32 gradients."""
+    model, stage, mesh = target.config.model, target.stage, target.config.mesh
+    if mesh.sequence == 1:
+        return 0.0
+    rows = _rows(target) * mesh.sequence / stage.sequence_length
+    lightning = model.layers.count(LIGHTNING)
+    states = 2 * 2 * mesh.sequence * 4 * model.num_heads * model.head_dim**2 / mesh.tensor
+    keys = 16 * stage.sequence_length * model.num_kv_heads * model.head_dim  # bf16 both ways, and fp32 gradients
+    dense = 5 * model.num_layers * model.hidden_size * model.num_heads * model.head_dim
+    gradients = 8 * dense / (mesh.fsdp * mesh.expert * mesh.tensor)
+    return rows * (lightning * states + (model.num_layers - lightning) * keys) + gradients
 
 
 def _slices_seconds(target: Target, params: int) -> float:
