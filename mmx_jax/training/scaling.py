@@ -1,6 +1,6 @@
 """Scaling, measured: the training step of a configuration on one device and on several, in one process.
 
-    python -m mmx_jax.training.scaling --config configs/two_gpus.py --axes fsdp,expert --profile /tmp/traces
+    python -m mmx_jax.training.scaling --config configs/two_gpus.py --axes fsdp,expert --profile runs/traces
     python -m mmx_jax.training.scaling --config configs/two_gpus.py:long --axes sequence --json sequence.json
 
 The configuration's batch is that of one device. Each mesh axis of --axes is given all devices in turn: axes that split
