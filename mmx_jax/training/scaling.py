@@ -40,6 +40,7 @@ from mmx_jax.training.random_rows import random_batches
 from mmx_jax.training.stages import StageSetup
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step
+from parallel.distributed import make_cpu_devices_exact
 from parallel.mesh import MeshError, make_mesh
 from parallel.overlap import Overlap, ProfileError, read_overlap
 from parallel.sharding import DEFAULT_RULES, ShardingError
@@ -364,6 +365,7 @@ def compare(
 def main(config: RunConfig) -> int:
     """Measures one device, then each mesh; prints a line for each, and writes --json."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # the longest rows need nearly all of a GPU
+    make_cpu_devices_exact(os.environ)
     plan = Plan(_STEPS.value, _DOCUMENTS.value, Path(_PROFILE.value) if _PROFILE.value else None)
     measurements: list[dict[str, Any]] = []
     try:
