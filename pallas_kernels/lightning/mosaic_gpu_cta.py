@@ -42,7 +42,8 @@ class Cta:
         rest, self.head = lax.div(rest, shape.heads), lax.rem(rest, shape.heads)
         self.row, self.piece = lax.div(rest, plan.pieces), lax.rem(rest, plan.pieces)
         self.first = self.piece * shape.per_piece
-        self.steps = jnp.minimum(shape.per_piece, shape.chunks - self.first)
+        # Kept from the compiler: were it known to be 1, as for 64 tokens, layout inference would find no solution.
+        self.steps = lax.optimization_barrier(jnp.minimum(shape.per_piece, shape.chunks - self.first))
         self.rate = slopes[self.head] * LOG2E
         self.packed = "description" in given
         # Whether a last chunk is shorter than the others and nothing else tells it from them.

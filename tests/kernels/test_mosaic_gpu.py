@@ -142,9 +142,11 @@ def test_chunk_state_equals_the_recurrence(reverse: bool, packed: bool, monkeypa
         ((1, 8192, 64, 128), False, False),
         ((1, 8192, 64, 128), True, True),
         ((1, 8192, 8, 128), True, False),
+        ((2, 64, 4, 128), False, True),
+        ((2, 64, 4, 128), True, False),
         ((1, 1_048_576, 64, 128), False, True),
     ],
-    ids=["64 heads", "64 heads packed", "8 heads packed", "8.6e9 elements"],
+    ids=["64 heads", "64 heads packed", "8 heads packed", "one chunk", "one chunk packed", "8.6e9 elements"],
 )
 def test_kernels_lower_for_cuda(shape: tuple[int, int, int, int], packed: bool, states: bool) -> None:
     """Every launch passes layout and transform inference and fits in shared memory."""
