@@ -47,6 +47,7 @@ def mix_experts(
     expert: Int[Array, "B T k"],
     weight: Float[Array, "B T k"],
     weights: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]],
+    real: Int[Array, ""],
     *,
     share: Fraction | None,
     scope: str = "global",
@@ -63,6 +64,7 @@ def mix_experts(
       expert: ids of each token's experts; E for padding.
       weight: router weights.
       weights: gate, up and down of all experts, in the compute dtype.
+      real: number of tokens that are not padding. It is the same for all layers, so the caller knows it already.
       share: an expert's capacity as a share of the real tokens; None drops nothing. The slots that an expert keeps are
         the first ones in the order of the whole batch, on every mesh ("global"), or ("shard") of each device's tokens.
       scope: "global" or "shard".
@@ -92,10 +94,10 @@ def mix_experts(
     mapped = jax.shard_map(
         partial(_local, plan),
         mesh=mesh,
-        in_specs=(rows, cells, cells, into, into, outof),
+        in_specs=(rows, cells, cells, PartitionSpec(), into, into, outof),
         out_specs=(rows, PartitionSpec(), PartitionSpec()),
     )
-    return Mixed(*mapped(x, expert, weight, *weights))
+    return Mixed(*mapped(x, expert, weight, real, *weights))
 
 
 _INTO = ("expert_embed", "expert_ffn")
@@ -148,26 +150,30 @@ def _check_sizes(mesh: AbstractMesh, rules: Rules, x: tuple[int, ...], weights: 
             )
 
 
-def _local(plan: _Plan, x: Array, expert: Array, weight: Array, *weights: Array) -> tuple[Array, Array, Array]:
+def _local(
+    plan: _Plan, x: Array, expert: Array, weight: Array, real: Array, *weights: Array
+) -> tuple[Array, Array, Array]:
     """The work of one device: x [b, t, D / tensor], expert and weight [b, t, k], and its shards of the weights."""
     b, t, width = x.shape
     k, E = plan.experts_per_token, plan.num_experts
-    real = lax.psum((expert[..., 0] < E).sum(dtype=jnp.int32), plan.everywhere)
     routed = jnp.maximum(real * k, 1)
     with jax.named_scope("queue"):
         kept = _kept(plan, expert, real)
-        kept_slots = lax.psum(kept.sum(dtype=jnp.int32), plan.everywhere)
+        expert = jnp.where(kept, expert, E).reshape(plan.groups, -1, k)
+        journeys = [_journey(plan, expert[g]) for g in range(plan.groups)]
+        lost = sum(journey.lost for journey in journeys)
+        kept_slots, lost = lax.psum((kept.sum(dtype=jnp.int32), lost), plan.everywhere)
+        fullest = _fullest(plan, journeys)
     with jax.named_scope("gather_weights"):
         # Marked before they are gathered as used with other tokens on every device, so that their gradients are added
         # up over the axes that do not split them once, and after they were scattered.
         weights = tuple(varying_like(w, x) for w in weights)
         weights = tuple(_gathered(w, axis, plan.rules.expert_embed) for w, axis in zip(weights, (1, 1, 2)))
-    expert = jnp.where(kept, expert, E).reshape(plan.groups, -1, k)
-    parts = (x.reshape(plan.groups, -1, width), expert, weight.reshape(plan.groups, -1, k))
-    results = [_group(plan, weights, *(part[g] for part in parts)) for g in range(plan.groups)]
-    out = jnp.concatenate([mixed for mixed, _ in results]).reshape(b, t, width)
-    lost = lax.psum(sum(lost for _, lost in results), plan.everywhere)
-    return out, 1.0 - kept_slots / routed, lost / routed
+    # The few numbers above are added up before rows travel: later they would wait for the links behind them.
+    x, kept_slots, lost, fullest = lax.optimization_barrier((x, kept_slots, lost, fullest))
+    parts = (x.reshape(plan.groups, -1, width), weight.reshape(plan.groups, -1, k))
+    mixed = [_group(plan, weights, journeys[g], fullest[g], *(part[g] for part in parts)) for g in range(plan.groups)]
+    return jnp.concatenate(mixed).reshape(b, t, width), 1.0 - kept_slots / routed, lost / routed
 
 
 def _kept(plan: _Plan, expert: Int[Array, "b t k"], real: Int[Array, ""]) -> Array:
@@ -211,35 +217,72 @@ def _gathered(w: Array, axis: int, mesh_axes: tuple[str, ...]) -> Array:
     return lax.all_gather(w, mesh_axes, axis=axis, tiled=True) if mesh_axes else w
 
 
-def _group(plan: _Plan, weights: tuple[Array, ...], x: Array, expert: Array, weight: Array) -> tuple[Array, Array]:
-    """Sends one group of tokens to its experts and back, in as many rounds as it takes; returns it and what was lost.
+class _Journey(NamedTuple):
+    """Which slots of a group of tokens travel where, and in how many rounds.
 
     With capacity every expert has its block, and the blocks are one batched matmul. Dropless routing is less even: a
     shard of experts has one block, whose rows are sorted by expert where they arrive. So it is where nothing travels,
     with or without capacity: one block then holds all that can wait.
     """
+
+    waiting: Queues
+    bins: Int[Array, "t k"]
+    """Of each slot, the block that it goes into."""
+    starts: Int[Array, " b"]
+    """By block, the place of its first slot among those that wait."""
+    counts: Int[Array, " b"]
+    """By block, how many slots wait for it."""
+    block: int
+    """Rows of a block."""
+    rounds: int
+    """At most."""
+    lost: Int[Array, ""]
+    """Slots that still wait after the last round."""
+
+
+def _by_expert(plan: _Plan) -> bool:
+    """Whether each expert has a block of its own."""
+    return plan.share is not None and plan.shards > 1
+
+
+def _journey(plan: _Plan, expert: Int[Array, "t k"]) -> _Journey:
     waiting = queues(expert, plan.num_experts)
-    if plan.share is not None and plan.shards > 1:
-        bins, starts, counts, most, one_block = expert, waiting.starts, waiting.counts, plan.most, _bucket_round
+    if _by_expert(plan):
+        bins, starts, counts, most = expert, waiting.starts, waiting.counts, plan.most
     else:
         each = plan.local_experts
         bins, starts = expert // each, waiting.starts[::each]
         counts = waiting.counts.reshape(-1, each).sum(axis=1)
         most = min(expert.shape[0] * min(each, plan.experts_per_token), each * plan.most)
-        one_block = _sorted_round
     block = _block_rows(plan, expert.shape[0], counts.shape[0], most)
     rounds = min(math.ceil(most / block), plan.max_rounds or most)
+    return _Journey(waiting, bins, starts, counts, block, rounds, jnp.maximum(counts - rounds * block, 0).sum())
+
+
+def _fullest(plan: _Plan, journeys: Sequence[_Journey]) -> Int[Array, " g"]:
+    """By group the highest count of any block of any device; zeros where one round is enough for all."""
+    if all(journey.rounds == 1 for journey in journeys):
+        return jnp.zeros(len(journeys), jnp.int32)
+    return lax.pmax(jnp.stack([journey.counts.max() for journey in journeys]), plan.everywhere)
+
+
+def _group(
+    plan: _Plan, weights: tuple[Array, ...], journey: _Journey, fullest: Array, x: Array, weight: Array
+) -> Array:
+    """Sends one group of tokens to its experts and back, in as many rounds as it takes.
+
+    `fullest` is the highest count of any block of any device.
+    """
+    block, one_block = journey.block, _bucket_round if _by_expert(plan) else _sorted_round
 
     def one(number: Array) -> Array:
         first = number * block
-        blocks = fill_blocks(waiting, starts, counts, bins, block, first)
-        return combine_slots(one_block(plan, weights, gather_slots(x, blocks), waiting, first, block), blocks, weight)
+        blocks = fill_blocks(journey.waiting, journey.starts, journey.counts, journey.bins, block, first)
+        rows = one_block(plan, weights, gather_slots(x, blocks), journey.waiting, first, block)
+        return combine_slots(rows, blocks, weight)
 
     out = one(jnp.int32(0))
-    if rounds > 1:
-        fullest = lax.pmax(counts.max(), plan.everywhere)
-        out = out + _further_rounds(one, out, rounds, -(-fullest // block))
-    return out, jnp.maximum(counts - rounds * block, 0).sum()
+    return out + _further_rounds(one, out, journey.rounds, -(-fullest // block)) if journey.rounds > 1 else out
 
 
 def _block_rows(plan: _Plan, tokens: int, bins: int, most: int) -> int:

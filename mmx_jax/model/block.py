@@ -55,6 +55,6 @@ class Block(nnx.Module):
         with jax.named_scope("ffn"):
             order = "contiguous" if layout.split is None else layout.split.order
             normed = rms_norm(x, self.ffn_norm[...], self.eps)
-            mixed, stats = self.ffn(normed, layout.real, train=train, order=order)
+            mixed, stats = self.ffn(normed, layout.real, layout.tokens, train=train, order=order)
             x = self.ffn_alpha * (normed if self.deepnorm else x) + self.ffn_beta * mixed
         return x, stats, cached

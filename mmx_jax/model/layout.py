@@ -25,6 +25,8 @@ class Layout(NamedTuple):
     k_end: Int[Array, "B T"]
     """One past the last key that each query may see; equal to `k_start` for padding."""
     rotation: Rotation
+    tokens: Int[Array, ""]
+    """Number of tokens that are not padding."""
     split: SequenceSplit | None = None
     """How the tokens lie on the ranks of the mesh's sequence axis; None where each rank holds whole rows."""
     passage: Passage | None = None
@@ -51,12 +53,12 @@ def packed_layout(
     Raises:
       ShardingError: T does not divide into the stripes of the split.
     """
-    turned = rotation(positions, rotary_dim, rope_base)
+    turned, tokens = rotation(positions, rotary_dim, rope_base), (segment_ids != 0).sum(dtype=jnp.int32)
     if sequence_ranks() == 1:
-        return Layout(segment_ids, *_key_ranges(segment_ids), turned)
+        return Layout(segment_ids, *_key_ranges(segment_ids), turned, tokens)
     check_length(segment_ids.shape[1], split.order)
     start, end = on_whole_rows(_key_ranges, segment_ids, split.order)
-    return Layout(segment_ids, start, end, turned, split, passage(segment_ids, split.order))
+    return Layout(segment_ids, start, end, turned, tokens, split, passage(segment_ids, split.order))
 
 
 def _key_ranges(segment_ids: Int[Array, "B S"]) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
@@ -77,4 +79,5 @@ def cached_layout(
     """Layout of new tokens that continue cached rows: each query sees its whole row up to itself."""
     real = (segment_ids != 0).astype(jnp.int32)
     end = (lengths[:, None] + jnp.cumsum(real, axis=1)) * real
-    return Layout(real, jnp.zeros_like(end), end, rotation(positions, rotary_dim, rope_base))
+    turned = rotation(positions, rotary_dim, rope_base)
+    return Layout(real, jnp.zeros_like(end), end, turned, real.sum(dtype=jnp.int32))

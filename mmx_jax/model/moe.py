@@ -67,11 +67,17 @@ class Experts(nnx.Module):
         self.down = nnx.Param(params["down"])
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], *, train: bool, order: str = "contiguous"
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        tokens: Int[Array, ""],
+        *,
+        train: bool,
+        order: str = "contiguous",
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Weighted sum of each token's experts, and routing statistics.
 
-        Padding takes no capacity and gives zeros. With a capacity factor, `train` drops the slots over capacity
+        `tokens` is how many are real: padding takes no capacity and gives zeros. With a capacity factor, `train` drops the slots over capacity
         (they contribute nothing; the other expert's weight stays); otherwise every slot is computed (INV-23). Capacity
         goes by the natural order of tokens; `order` is how they lie on the sequence axis (parallel/stripes.py).
         """
@@ -79,26 +85,31 @@ class Experts(nnx.Module):
         share = None
         if train and self.capacity_factor is not None:
             share = Fraction(str(self.capacity_factor)) * self.experts_per_token / self.num_experts
+        chosen = jax.nn.one_hot(routing.expert, self.num_experts, dtype=jnp.float32).sum(axis=(0, 1, 2))
+        probability = jnp.where(real[..., None], routing.probs, 0.0).sum(axis=(0, 1))
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             mixed = self._on_one_device(self.dot.cast(x), routing, share)
         else:
-            mixed = self._on_mesh(self.dot.cast(x), routing, share, order)
-        tokens = jnp.maximum(real.sum(), 1)
-        chosen = jax.nn.one_hot(routing.expert, self.num_experts, dtype=jnp.float32).sum(axis=(0, 1, 2))
-        probability = jnp.where(real[..., None], routing.probs, 0.0).sum(axis=(0, 1))
+            # Added up before the rows travel: later, these few numbers would wait for the links behind them.
+            x, chosen, probability = jax.lax.optimization_barrier((x, chosen, probability))
+            mixed = self._on_mesh(self.dot.cast(x), routing, tokens, share, order)
+        tokens = jnp.maximum(tokens, 1)
         return mixed.out, RouterStats(chosen / tokens, probability / tokens, mixed.dropped, mixed.lost)
 
     def _weights(self) -> tuple[Array, Array, Array]:
         return self.dot.weight(self.gate[...]), self.dot.weight(self.up[...]), self.dot.weight(self.down[...])
 
-    def _on_mesh(self, x: Float[Array, "B T D"], routing: Routing, share: Fraction | None, order: str) -> Mixed:
+    def _on_mesh(
+        self, x: Float[Array, "B T D"], routing: Routing, real: Int[Array, ""], share: Fraction | None, order: str
+    ) -> Mixed:
         """Experts where their weights are, tokens sent to them (parallel/experts.py)."""
         return mix_experts(
             x,
             routing.expert,
             routing.weight,
             self._weights(),
+            real,
             share=share,
             scope=self.capacity_scope,
             order=order,
@@ -157,10 +168,16 @@ class SwiGLU(nnx.Module):
         self.down = nnx.Param(params["down"])
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], *, train: bool, order: str = "contiguous"
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        tokens: Int[Array, ""],
+        *,
+        train: bool,
+        order: str = "contiguous",
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """down(silu(gate x) * (up x)) (INV-24), with empty routing statistics."""
-        del real, train, order
+        del real, tokens, train, order
         gate = self.dot.einsum("BTD,DF->BTF", x, self.gate[...])
         up = self.dot.einsum("BTD,DF->BTF", x, self.up[...])
         empty = RouterStats(jnp.zeros((0,)), jnp.zeros((0,)), jnp.zeros(()), jnp.zeros(()))

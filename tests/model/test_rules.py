@@ -267,7 +267,7 @@ def test_routing_weights():
 def expert_layer(config):
     params = part(random_params(config), "layers/0/0/ffn/")
     layer = Experts(config, params)
-    return params, jax.jit(lambda x, real: layer(x, real, train=False)[0])
+    return params, jax.jit(lambda x, real: layer(x, real, real.sum(), train=False)[0])
 
 
 def test_routing_drops_nothing_at_inference():

@@ -43,6 +43,7 @@ def _case() -> Case:
 
 
 CASE = _case()
+REAL = jnp.int32((CASE.expert[..., 0] < E).sum())
 
 
 def _kept(cells: list[list[tuple[int, int]]]) -> np.ndarray:
@@ -88,7 +89,7 @@ def _mix(sizes: dict[str, int], place: np.ndarray | None = None, **settings: obj
     tokens = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES.batch, DEFAULT_RULES.sequence))
     with jax.set_mesh(mesh):
         moved = [jax.device_put(array[:, place], tokens) for array in (CASE.x, CASE.expert, CASE.weight)]
-        mixed = jax.jit(lambda *arrays: mix_experts(*arrays, **settings))(*moved, CASE.weights)
+        mixed = jax.jit(lambda *arrays: mix_experts(*arrays, **settings))(*moved, CASE.weights, REAL)
     out = np.empty_like(mixed.out)
     out[:, place] = mixed.out
     return out, float(mixed.dropped), float(mixed.lost)
@@ -157,7 +158,8 @@ def test_several_rounds_have_the_gradient_of_one() -> None:
         mesh = make_mesh({"expert": 4, "tensor": 2})
 
         def loss(x: jax.Array, weight: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
-            return jnp.sin(mix_experts(x, jnp.asarray(CASE.expert), weight, weights, share=SHARE, **settings).out).sum()
+            mixed = mix_experts(x, jnp.asarray(CASE.expert), weight, weights, REAL, share=SHARE, **settings)
+            return jnp.sin(mixed.out).sum()
 
         with jax.set_mesh(mesh):
             gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(CASE.x, CASE.weight, CASE.weights)
@@ -192,4 +194,4 @@ def test_sizes_that_do_not_fit_are_named(sizes: dict[str, int], settings: dict, 
     x, expert = jnp.zeros(shape), jnp.zeros((*shape[:2], K), jnp.int32)
     weights = (jnp.zeros((E, shape[2], F)),) * 2 + (jnp.zeros((E, F, shape[2])),)
     with jax.set_mesh(mesh), pytest.raises(ShardingError, match=message):
-        jax.eval_shape(lambda: mix_experts(x, expert, expert * 1.0, weights, share=None, **settings))
+        jax.eval_shape(lambda: mix_experts(x, expert, expert * 1.0, weights, REAL, share=None, **settings))
