@@ -77,9 +77,10 @@ class Experts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Weighted sum of each token's experts, and routing statistics.
 
-        `tokens` is how many are real: padding takes no capacity and gives zeros. With a capacity factor, `train` drops the slots over capacity
-        (they contribute nothing; the other expert's weight stays); otherwise every slot is computed (INV-23). Capacity
-        goes by the natural order of tokens; `order` is how they lie on the sequence axis (parallel/stripes.py).
+        `tokens` is how many are real: padding takes no capacity and gives zeros. With a capacity factor, `train` drops
+        the slots over capacity (they contribute nothing; the other expert's weight stays); otherwise every slot is
+        computed (INV-23). Capacity goes by the natural order of tokens; `order` is how they lie on the sequence axis
+        (parallel/stripes.py).
         """
         routing = route(x, self.router[...], self.experts_per_token, real)
         share = None
