@@ -5,8 +5,8 @@ scattered. "ring" passes the ranks' blocks around, P - 1 hops forward and P back
 whole row. Both see the ranges of keys that each query may see, in positions of the whole row; pairs of stripes that
 see nothing of each other cost nothing in the ring, which makes it variable-length (recipe §8.2).
 
-The backward computes the scores again from the log-sum-exp over all keys, saved by the forward. Nothing is
-differentiated through the merging of parts.
+The backward computes the scores again from the log-sum-exp over all keys, saved by the forward under the checkpoint
+name of `pallas_kernels.softmax.RESULTS`. Nothing is differentiated through the merging of parts.
 """
 
 import math
@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import accumulator
+from pallas_kernels.softmax import named, softmax_backward
 from pallas_kernels.softmax import softmax_attention as local_attention
-from pallas_kernels.softmax import softmax_backward
 from pallas_kernels.softmax.chunked import Ranges
 from parallel.key_heads import key_head_index, own_key_head
 from parallel.sharding import Rules, ShardingError
@@ -83,7 +83,7 @@ def _forward(plan: _Plan, q: Array, k: Array, v: Array, k_start: Array, k_end: A
         return function(plan, q, _own_heads(k, kv), _own_heads(v, kv), k_start, k_end)
 
     mix = on_ranks(local, in_specs=(heads, kv, kv, rows, rows), out_specs=(heads, partition(*_HEADS[:3])))
-    o, lse = mix(q, k, v, k_start, k_end)
+    o, lse = named(*mix(q, k, v, k_start, k_end))
     return o, (q, k, v, k_start, k_end, o, lse)
 
 

@@ -19,6 +19,7 @@ from mmx_jax.model.lightning import layer_slopes
 from mmx_jax.model.moe import RouterStats, balance_loss
 from mmx_jax.model.norm import rms_norm
 from mmx_jax.model.plan import Section, layer_plan
+from pallas_kernels.softmax import RESULTS as SOFTMAX_RESULTS
 from parallel.lasp import ENTERING_STATE
 from parallel.sharding import constrain
 
@@ -38,16 +39,18 @@ class Aux:
     """Share of each layer's routed slots that found no place on the way to their expert."""
 
 
+KEPT = (ENTERING_STATE, SOFTMAX_RESULTS)
+"""Checkpoint names that every policy keeps: lightning's states, small and slow to gather over the sequence axis, and
+softmax attention's output and log-sum-exp, N * H of a token for work that grows with the length."""
 REMAT_POLICIES = {
-    "layer": jax.checkpoint_policies.save_only_these_names(ENTERING_STATE),
-    "attention": jax.checkpoint_policies.save_only_these_names("attention", ENTERING_STATE),
+    "layer": jax.checkpoint_policies.save_only_these_names(*KEPT),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention", *KEPT),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ENTERING_STATE),
+        jax.checkpoint_policies.save_only_these_names(*KEPT),
     ),
 }
-"""What the backward pass keeps of a layer; "none" keeps everything. All keep the states that were gathered over the
-sequence axis: they are small, and gathering is slow."""
+"""What the backward pass keeps of a layer; "none" keeps everything."""
 
 
 class TextModel(nnx.Module):

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -18,6 +19,8 @@ from pallas_kernels.softmax.chunked import Ranges
 
 NAMES = ("chunked", "cudnn", "dense", "splash", "triton")
 """Every name that `implementation=` accepts."""
+RESULTS = "softmax_results"
+"""Checkpoint name of the output and its log-sum-exp: who keeps both spares the backward the forward's kernel."""
 LEAST_QUERIES = 16
 """For fewer, as in decoding, a kernel that shares the work out by queries would leave most of the GPU idle."""
 
@@ -149,6 +152,11 @@ def softmax_backward(
     return _module(name).backward(q, k, v, Ranges(start, end), scale, o, lse, do, None)
 
 
+def named(o: Float[Array, "B T N H"], lse: Float[Array, "B T N"]) -> tuple[jax.Array, jax.Array]:
+    """Gives the results that a backward starts from their checkpoint name, `RESULTS`, in the rule of a `custom_vjp`."""
+    return checkpoint_name(o, RESULTS), checkpoint_name(lse, RESULTS)
+
+
 def _candidates(queries: int, *, plain: bool) -> tuple[str, ...]:
     if dispatch.platform() == "tpu":
         return ("splash",) if queries >= LEAST_QUERIES else ()
@@ -190,7 +198,7 @@ def _attention(
 
 def _attention_forward(name: str, return_lse: bool, scale: float, *arguments: Any) -> tuple[Any, Any]:
     q, k, v, ranges = arguments
-    o, lse = _module(name).forward(q, k, v, ranges, scale)
+    o, lse = named(*_module(name).forward(q, k, v, ranges, scale))
     return (o, lse if return_lse else None), (q, k, v, ranges, o, lse)
 
 

@@ -1,0 +1,86 @@
+"""Rematerialisation: what a policy keeps of softmax attention is not computed again, and no number changes."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx_jax.config import IN_ORDER, ModelConfig, SequenceSplit
+from mmx_jax.data import Batch
+from mmx_jax.model import TextModel
+from mmx_jax.model.text import REMAT_POLICIES
+from mmx_jax.training.loss import next_token_loss
+from pallas_kernels import dispatch
+from parallel.mesh import make_mesh
+from tests.model.common import random_params, relative, rows
+
+CONFIG = ModelConfig(
+    vocab_size=64, hidden_size=64, layers=("softmax", "softmax"), num_heads=2, num_kv_heads=1, head_dim=128,
+    rotary_dim=64, ffn_hidden_size=64, compute_dtype="float32",
+)  # fmt: skip
+KERNELS = {"gpu": {"forward_kernel", "query_gradient_kernel", "key_gradients_kernel"}}
+SPLITS = {"whole rows": (1, IN_ORDER), "gather": (2, SequenceSplit()), "ring": (2, SequenceSplit(exchange="ring"))}
+
+
+def step(remat, split=IN_ORDER):
+    """Loss and gradients of all parameters, jitted, and what to call it with: two documents and padding."""
+    ids = np.repeat([[1, 2, 2, 0]], 16, axis=1).astype(np.int32)
+    tokens, positions, segment_ids = rows(CONFIG, ids)
+    batch = Batch(
+        tokens=tokens, targets=np.roll(tokens, -1, axis=1), positions=positions, segment_ids=segment_ids,
+        loss_mask=(segment_ids > 0).astype(np.float32), source_id=np.zeros_like(tokens),
+    )  # fmt: skip
+
+    def loss(params, batch):
+        model = TextModel(CONFIG, params, remat=remat)
+        return next_token_loss(model, batch, vocab_chunk=64, num_sources=1, split=split)[0]
+
+    return jax.jit(jax.value_and_grad(loss)), (random_params(CONFIG), jax.tree.map(jnp.asarray, batch))
+
+
+def kernels(jaxpr, found):
+    """Counts the kernels of a program by name, those in its inner ones too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "triton_kernel_call":
+            found[equation.params["fn"].__name__] += 1
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
+                kernels(inner, found)
+    return found
+
+
+def step_kernels(remat, ranks, split, platform):
+    with jax.set_mesh(make_mesh({"sequence": ranks}, jax.devices()[:ranks])), dispatch.target(platform, 9.0):
+        function, arguments = step(remat, split)
+        return kernels(function.trace(*arguments).jaxpr.jaxpr, collections.Counter())
+
+
+@pytest.mark.parametrize("platform", KERNELS)
+@pytest.mark.parametrize(("ranks", "split"), SPLITS.values(), ids=SPLITS.keys())
+def test_no_softmax_kernel_runs_twice(ranks, split, platform):
+    """Every policy's step has the kernels of a step that keeps everything; one that forgets the results has more."""
+    expected = step_kernels("none", ranks, split, platform)
+    assert set(expected) == KERNELS[platform]
+    for remat in REMAT_POLICIES:
+        assert step_kernels(remat, ranks, split, platform) == expected, remat
+
+
+def test_the_count_sees_a_second_forward(monkeypatch):
+    monkeypatch.setitem(REMAT_POLICIES, "layer", jax.checkpoint_policies.nothing_saveable)
+    for platform in KERNELS:
+        ranks, split = SPLITS["gather"]
+        forgetful, keeping = (step_kernels(remat, ranks, split, platform) for remat in ("layer", "none"))
+        assert (forgetful - keeping).total() == 1
+
+
+def test_policies_change_no_number():
+    """Loss and gradients of every policy are those of a step that keeps everything."""
+    function, arguments = step("none")
+    loss, gradients = function(*arguments)
+    for remat in REMAT_POLICIES:
+        again, others = step(remat)[0](*arguments)
+        assert abs(again - loss) <= 1e-6 * loss
+        for path, gradient in gradients.items():
+            assert relative(others[path], gradient) < 1e-5, (remat, path)
