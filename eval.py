@@ -17,7 +17,7 @@ from rich.console import Console
 
 from mmx_jax.checkpoint import CheckpointError
 from mmx_jax.config import ConfigError, DataConfig, RunConfig, SourceConfig, StageConfig
-from mmx_jax.config.overrides import fail_with, parse_flags
+from mmx_jax.config.command_line import fail_with, parse_flags
 from mmx_jax.data import DataError, TokenizerError, TokenStore, check_store_vocabulary
 from mmx_jax.evaluation import EvalModel, find_tasks, result_path, result_table, write_result
 from mmx_jax.evaluation.held_out import unique_stores

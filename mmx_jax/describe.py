@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmx_jax.config import LIGHTNING, SOFTMAX, ConfigError, ModelConfig, RunConfig, hybrid_layers
-from mmx_jax.config.overrides import fail_with, run_with_config
+from mmx_jax.config.command_line import fail_with
+from mmx_jax.config.overrides import run_with_config
 from mmx_jax.flops import (
     PUBLISHED_KINDS,
     TRAINING_FACTOR,

@@ -21,7 +21,7 @@ from rich.table import Table
 from mmx_jax.checkpoint import reader
 from mmx_jax.checkpoint.errors import CheckpointDamagedError, Problem
 from mmx_jax.checkpoint.store import step_folder_name, steps_on_disk
-from mmx_jax.config.overrides import parse_flags
+from mmx_jax.config.command_line import parse_flags
 
 STEP = flags.DEFINE_integer("step", None, "verify only this step", lower_bound=0)
 

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import inspect
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
@@ -13,13 +12,11 @@ from typing import Any, get_args, get_origin
 from absl import app, flags, logging
 
 from mmx_jax.config.checks import ConfigError
+from mmx_jax.config.command_line import fail_with, parse_flags
 from mmx_jax.config.run import RunConfig
 from mmx_jax.config.serialize import describe_type, field_types, typed, union_members, unknown_key
 
 PREFIX = "--config."
-EXIT_CONFIG = 2
-"""Exit code for a command line, file or configuration that cannot work."""
-
 _CONFIG = flags.DEFINE_string("config", None, "Configuration file, with an argument for its get_config after a colon.")
 
 
@@ -53,20 +50,6 @@ def run_with_config(main: Callable[[RunConfig], int | None]) -> None:
         return main(config)
 
     app.run(start, flags_parser=parse)
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Reads the flags, for `app.run`; an unknown one, or a value that cannot be, ends with one line and exit code 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        return fail_with(error)
-
-
-def fail_with(error: Exception, code: int = EXIT_CONFIG) -> Any:
-    """Ends the program with one message and no traceback."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def load_config(location: str) -> RunConfig:

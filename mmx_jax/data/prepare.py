@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -22,6 +21,7 @@ import rich.progress
 from absl import app, flags
 
 from mmx_jax.config import ConfigError, PrepareConfig, TokenizerConfig
+from mmx_jax.config.command_line import fail_with, parse_flags
 from mmx_jax.data.duplicates import REPORT, find_duplicates
 from mmx_jax.data.errors import DataError
 from mmx_jax.data.inputs import Inputs, find_inputs
@@ -277,22 +277,12 @@ def _define_flags() -> None:
     flags.DEFINE_boolean("verify", False, "Check every file of an existing store against its checksum instead.")
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Reads the flags; an unknown one, or a value that cannot be, ends the program with exit code 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code: 1 for a store that `--verify` finds damaged, 2 for what cannot work."""
     values = flags.FLAGS
-    if argv[1:]:
-        print(f"unexpected arguments: {' '.join(argv[1:])}", file=sys.stderr)
-        return 2
     try:
+        if argv[1:]:
+            raise ConfigError(f"unexpected arguments: {' '.join(argv[1:])}; inputs are named by --inputs=a,b")
         if values.verify:
             problems = verify(values.output)
             print("\n".join(problems) or f"{values.output}: every file is as it was written")
@@ -318,8 +308,7 @@ def main(argv: Sequence[str]) -> int:
         )
         manifest = prepare(config, refuse_changes=True)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail_with(error)
     for split in SPLITS:
         summary = manifest.splits[split]
         print(f"{split}: {summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes")
@@ -332,4 +321,4 @@ if __name__ == "__main__":
     _define_flags()
     flags.mark_flag_as_required("output")
     logging.basicConfig(format="%(levelname)s %(message)s")
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)

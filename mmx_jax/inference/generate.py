@@ -22,7 +22,7 @@ from absl import app, flags
 
 from mmx_jax.checkpoint import CheckpointError
 from mmx_jax.config import ConfigError
-from mmx_jax.config.overrides import fail_with, parse_flags
+from mmx_jax.config.command_line import fail_with, parse_flags
 from mmx_jax.data import DataError, Tokenizer
 from mmx_jax.inference.flags import define_checkpoint_flags
 from mmx_jax.inference.generator import Generator

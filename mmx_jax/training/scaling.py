@@ -32,7 +32,8 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax.config import MESH_AXES, BatchConfig, ConfigError, MeshConfig, RunConfig, StageConfig
-from mmx_jax.config.overrides import EXIT_CONFIG, fail_with, run_with_config
+from mmx_jax.config.command_line import EXIT_CONFIG, fail_with
+from mmx_jax.config.overrides import run_with_config
 from mmx_jax.data import Batch
 from mmx_jax.flops import peak_flops, training_flops_per_token
 from mmx_jax.training.ahead import mesh_sizes

@@ -406,10 +406,16 @@ def test_command_line(corpus: Path, store_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "train:" in done.stdout
     assert Manifest.read(tmp_path / "store").license == "PSF"
-    for wrong in ("--inputs=/nowhere/*.txt", "--inpts=x"):
-        done = subprocess.run([*base, wrong], capture_output=True, text=True)
+    for wrong, said in (
+        ("--inputs=/nowhere/*.txt", "nowhere"),
+        ("--inpts=x", "--inpts"),
+        ("--processes=many", "processes"),
+        ("corpus", "unexpected arguments: corpus; inputs are named by --inputs=a,b"),
+    ):
+        done = subprocess.run([*base, f"--output={tmp_path / 'other'}", wrong], capture_output=True, text=True)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
+        assert done.stderr.startswith("prepare.py: error: ")
+        assert said in done.stderr
         assert "Traceback" not in done.stderr
 
 
