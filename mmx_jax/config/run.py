@@ -196,6 +196,8 @@ class StageConfig:
     """Checkpoints of another run, or a folder of published safetensors (keep=("params",)); None is the stage before."""
     keep: tuple[str, ...] = KEEP
     """What is taken over: any of params, optimizer, step, data of the stage before; of `init_from` params at least."""
+    other_tokenizer: bool = False
+    """Allows rows of another tokenizer than the one that the parameters taken over were trained with."""
     remat: str = "none"
     """Rematerialisation: "none", "attention" (keeps attention outputs), "layer" (keeps only layer inputs), "dots"."""
     transport: ExpertTransport = LOSSLESS

@@ -40,6 +40,7 @@ from mmx_jax.training.session import Hook, Session
 from mmx_jax.training.stages import StageSetup, Start, first_start, next_start, resume
 from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step
+from mmx_jax.training.tokenizers import UsedTokenizer, check_same_tokenizer, check_tokenizers, tokenizer_of_rows
 from parallel import distributed
 from parallel.connect import connect
 from parallel.mesh import make_mesh
@@ -61,6 +62,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     create_workdir(workdir)
     _use_compile_cache(workdir)
     prepare_data(config, console)
+    check_tokenizers(config)
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES})
     connect(mesh)
     _say(console, f"devices: {mesh.size} x {jax.devices()[0].device_kind}; mesh {_mesh_line(mesh)}")
@@ -92,7 +94,9 @@ def _train_stages(
         if start.index + 1 == len(config.stages):
             assert last.result is not None
             return last.result
-        start = next_start(config, mesh, start.index + 1, session.state, session.progress)
+        source = session.stage.data.sources[0].store
+        tokenizer = UsedTokenizer(session.tokenizer_sha256, source, f"stage {session.stage.name!r}")
+        start = next_start(config, mesh, start.index + 1, session.state, session.progress, tokenizer)
 
 
 class LastEvaluation(Hook):
@@ -110,12 +114,16 @@ def open_session(config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, star
     Raises:
       DataError: a store is missing or damaged, holds nothing out, or its tokenizer does not fit the model.
       CheckpointRefusedError: the stage began with other rows.
+      ConfigError: its rows have another tokenizer than its parameters.
       ShardingError: the batch does not divide by the mesh.
     """
     stage = config.stages[start.index]
     setup = StageSetup(config, stage, mesh)
     rows = open_rows(config, stage)
-    check_same_rows(start, rows, stage.name)
+    if start.data_fingerprint is None:
+        check_same_tokenizer(stage, start.tokenizer, tokenizer_of_rows(stage))
+    else:
+        check_same_rows(start, rows, stage.name)
     most = max(sequences for _, sequences in stage.batch.ramp) // stage.batch.micro_batch
     batch = abstract_batch(most, stage.batch.micro_batch, stage.sequence_length, mesh)
     return Session(
@@ -141,13 +149,13 @@ def check_same_rows(start: Start, rows: TrainingRows, stage: str) -> None:
     Raises:
       CheckpointRefusedError: its token stores changed; names both tokenizers where these differ.
     """
-    if start.data_fingerprint in (None, rows.fingerprint):
+    if start.data_fingerprint == rows.fingerprint:
         return
     changed, now = "its token stores changed since the checkpoint", rows.tokenizer_sha256
-    if start.tokenizer_sha256 not in (None, now):
+    if start.tokenizer is not None and start.tokenizer.sha256 != now:
         changed = (
             f"{rows.sources[0].store.folder} and its other token stores have the tokenizer of SHA-256 {now[:12]}..., "
-            f"the checkpoint was trained with that of {start.tokenizer_sha256[:12]}...: ids mean other text"
+            f"the checkpoint was trained with that of {start.tokenizer.sha256[:12]}...: ids mean other text"
         )
     raise CheckpointRefusedError(f"stage {stage!r}: {changed}; bring them back, or choose another --workdir")
 

@@ -25,12 +25,13 @@ from mmx_jax.training.optimizer import make_optimizer
 from mmx_jax.training.progress import Progress
 from mmx_jax.training.schedule import decay_start, for_round
 from mmx_jax.training.state import TrainState, abstract_state, init_optimizer, init_state, shardings_of
+from mmx_jax.training.tokenizers import UsedTokenizer, tokenizer_of_checkpoint
 from parallel import distributed
 
 log = logging.getLogger(__name__)
 
 FREE_OF_RUN = ("name", "mesh", "compiler", "checkpoint", "evaluation", "logging", "report", "workdir")
-FREE_OF_STAGE = ("remat", "split", "transport", "loss_chunk", "init_from", "keep")
+FREE_OF_STAGE = ("remat", "split", "transport", "loss_chunk", "init_from", "keep", "other_tokenizer")
 """Settings that may change when a run goes on: they do not decide what is learned from which rows."""
 
 
@@ -79,8 +80,8 @@ class Start:
     """A sentence for the reader of the console."""
     data_fingerprint: str | None = None
     """The rows that the stage began with, when it goes on."""
-    tokenizer_sha256: str | None = None
-    """The tokenizer of these rows, as far as the checkpoint says it."""
+    tokenizer: UsedTokenizer | None = None
+    """The tokenizer that the parameters were trained with, as far as it is known."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class SavedStep:
         return Progress.from_dict(self.metadata["progress"])
 
     @property
-    def rows(self) -> tuple[str, str | None]:
-        """Digests of the rows that its stage reads and of their tokenizer, which older checkpoints do not tell."""
-        return self.metadata["data_fingerprint"], self.metadata.get("tokenizer_sha256")
+    def rows(self) -> tuple[str, UsedTokenizer | None]:
+        """Digest of the rows that its stage reads, and their tokenizer, which older checkpoints do not tell."""
+        return self.metadata["data_fingerprint"], tokenizer_of_checkpoint(self.metadata, f"checkpoint {self.number}")
 
 
 def first_start(config: RunConfig, mesh: Mesh) -> Start:
@@ -107,25 +108,34 @@ def first_start(config: RunConfig, mesh: Mesh) -> Start:
     progress = Progress(stage=setup.stage.name)
     if setup.stage.init_from is None:
         return Start(0, setup.random_state(), progress, f"starting from random weights, seed {config.seed}")
-    return Start(0, *_from_folder(setup, progress), f"starting from {setup.stage.init_from}")
+    return _from_folder(setup, 0, progress, f"starting from {setup.stage.init_from}")
 
 
-def next_start(config: RunConfig, mesh: Mesh, index: int, state: TrainState, progress: Progress) -> Start:
-    """The start of stage `index` after the stage before it ended with `state` and `progress`."""
+def next_start(
+    config: RunConfig, mesh: Mesh, index: int, state: TrainState, progress: Progress, tokenizer: UsedTokenizer | None
+) -> Start:
+    """The start of stage `index` after the stage before it ended with `state` and `progress`, on rows of `tokenizer`.
+
+    Raises:
+      ConfigError: the stage keeps an optimizer of other parameters.
+    """
     before, setup = config.stages[index - 1], StageSetup(config, config.stages[index], mesh)
     counters = Progress(stage=setup.stage.name, update=progress.update, skipped=progress.skipped)
     if setup.stage.init_from is not None:
-        return Start(index, *_from_folder(setup, counters), f"stage {setup.stage.name!r} from {setup.stage.init_from}")
-    params = state.params if "params" in setup.stage.keep else setup.random_state().params
+        return _from_folder(setup, index, counters, f"stage {setup.stage.name!r} from {setup.stage.init_from}")
+    kept = "params" in setup.stage.keep
+    params, tokenizer = (state.params, tokenizer) if kept else (setup.random_state().params, None)
     counters = _kept_counters(setup.stage, counters, progress, before.sequence_length)
     if "optimizer" not in setup.stage.keep:
-        return Start(index, TrainState(params, setup.fresh_optimizer(params)), counters, _after(before, setup.stage))
+        fresh = TrainState(params, setup.fresh_optimizer(params))
+        return Start(index, fresh, counters, _after(before, setup.stage), tokenizer=tokenizer)
     if not _same_structure(setup.abstract.optimizer, state.optimizer):
         raise ConfigError(
             f"stage {setup.stage.name!r} keeps the optimizer of stage {before.name!r}, but trains other parameters or "
             "groups; leave 'optimizer' out of its keep"
         )
-    return Start(index, TrainState(params, state.optimizer), counters, _after(before, setup.stage))
+    taken = TrainState(params, state.optimizer)
+    return Start(index, taken, counters, _after(before, setup.stage), tokenizer=tokenizer)
 
 
 def _same_structure(one: Any, other: Any) -> bool:
@@ -146,12 +156,12 @@ def _kept_counters(stage: StageConfig, counters: Progress, before: Progress, seq
     return counters
 
 
-def _from_folder(setup: StageSetup, counters: Progress) -> tuple[TrainState, Progress]:
-    """State and counters of a stage that starts from a checkpoint of another run, or from published safetensors."""
+def _from_folder(setup: StageSetup, index: int, counters: Progress, reason: str) -> Start:
+    """The start of a stage from a checkpoint of another run, or from published safetensors."""
     assert setup.stage.init_from is not None
     keep = setup.stage.keep
     if any(Path(setup.stage.init_from).glob("*.safetensors")):
-        return _from_safetensors(setup), counters
+        return Start(index, _from_safetensors(setup), counters, reason)
     folder, number = find_checkpoints(setup.stage.init_from)
     wanted = {name: tree for name, tree in state_tree(setup.abstract).items() if name in keep}
     # Imported weights may be stored in bf16; moments are taken over as they are or not at all.
@@ -162,7 +172,8 @@ def _from_folder(setup: StageSetup, counters: Progress) -> tuple[TrainState, Pro
         before = Progress.from_dict(restored.metadata["progress"])
         stages = {stage["name"]: stage for stage in restored.metadata["config"]["stages"]}
         counters = _kept_counters(setup.stage, counters, before, stages[before.stage]["sequence_length"])
-    return TrainState(params, optimizer), counters
+    tokenizer = tokenizer_of_checkpoint(restored.metadata, f"step {restored.step} in {folder}")
+    return Start(index, TrainState(params, optimizer), counters, reason, tokenizer=tokenizer)
 
 
 def _from_safetensors(setup: StageSetup) -> TrainState:
@@ -263,7 +274,7 @@ def resume(config: RunConfig, mesh: Mesh, store: CheckpointStore, *, reported: b
         if state is None:
             continue
         if finished and not last:
-            return next_start(config, mesh, index + 1, state, progress)
+            return next_start(config, mesh, index + 1, state, progress, saved.rows[1])
         where = f"checkpoint {saved.number}: stage {progress.stage!r}, step {progress.step:,}, row {progress.row:,}"
         return Start(index, state, progress, f"resuming from {where}", *saved.rows)
     store.restore({"params": {}})  # every step there is, is damaged: says so, naming what is wrong with the oldest

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -26,14 +27,19 @@ from mmx_jax.config import (
     RunConfig,
     ScheduleConfig,
     SchedulePhase,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
     TrainableGroup,
     from_dict,
 )
 from mmx_jax.data import DataError, TokenStore, TrainingRows
+from mmx_jax.data.prepare import prepare
 from mmx_jax.training.errors import CheckpointRefusedError, Interrupted, NonFiniteError, WorkdirError
 from mmx_jax.training.hooks import JsonLines
-from mmx_jax.training.run import run
-from mmx_jax.training.stages import resume
+from mmx_jax.training.run import open_session, run
+from mmx_jax.training.stages import first_start, resume
+from mmx_jax.training.tokenizers import check_tokenizers
 from parallel.mesh import MeshError, make_mesh
 from parallel.sharding import ShardingError
 from tests.training import process
@@ -269,6 +275,61 @@ def test_a_stage_starts_from_another_run(staged: RunConfig, two_rounds: tuple[Pa
     theirs = {k.partition("/")[2]: v for k, v in process.arrays(source).items() if frozen in k}
     ours = {k.partition("/")[2]: v for k, v in process.arrays(tmp_path / "work").items() if frozen in k}
     assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def foreign(stores: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A token store of the same text under a tokenizer of its own."""
+    folder = str(tmp_path_factory.mktemp("foreign") / "store")
+    inputs = (str(Path(stores[0]).parent / "letters"),)
+    tokenizer = TokenizerConfig(vocab_size=300)
+    prepare(
+        PrepareConfig(inputs=inputs, output=folder, tokenizer=tokenizer, held_out_fraction=0.2, processes=1),
+        progress=False,
+    )
+    return folder
+
+
+def _reading(stage: StageConfig, store: str, **changes: object) -> StageConfig:
+    """The stage on another token store."""
+    sources = (SourceConfig(name="foreign", store=store),)
+    return replace(stage, data=replace(stage.data, sources=sources), **changes)
+
+
+def test_a_later_stage_on_another_tokenizer_is_refused_before_the_first_is_trained(
+    staged: RunConfig, foreign: str, tmp_path: Path
+) -> None:
+    """Both files are named, and what would be right; nothing is trained."""
+    first, second = staged.stages[0], _reading(staged.stages[1], foreign)
+    theirs = first.data.sources[0].store
+    words = (
+        rf"stage 'head': .* tokenizer {foreign}/tokenizer\.model .* stage 'pretrain', trained with {theirs}/tokenizer"
+    )
+    with pytest.raises(ConfigError, match=words) as refusal:
+        _run(replace(staged, stages=(first, second)), tmp_path / "work")
+    assert f"--tokenizer {theirs}" in str(refusal.value)
+    assert "other_tokenizer=True" in str(refusal.value)
+    assert not process.metrics(tmp_path / "work")
+    without = replace(second, keep=())
+    check_tokenizers(replace(staged, stages=(first, without)))  # random weights know no tokenizer
+
+
+def test_a_stage_from_a_run_with_another_tokenizer_is_refused(
+    staged: RunConfig, two_rounds: tuple[Path, str, str], foreign: str, tmp_path: Path
+) -> None:
+    """init_from: refused at the start and where the stage opens; allowed where the stage says that it is meant."""
+    source = two_rounds[0]
+    stage = _reading(staged.stages[1], foreign, init_from=str(source), keep=("params",))
+    config, mesh = replace(staged, stages=(stage,)), make_mesh({"fsdp": -1})
+    words = (
+        rf"{foreign}/tokenizer\.model .*step 24 in {re.escape(str(source))}/checkpoints, trained with .*letters_store"
+    )
+    with pytest.raises(ConfigError, match=words):
+        _run(config, tmp_path / "work")
+    with pytest.raises(ConfigError, match=words):
+        open_session(config, mesh, tmp_path, first_start(config, mesh))
+    meant = replace(config, stages=(replace(stage, other_tokenizer=True),))
+    assert f"starting from {source}" in _run(meant, tmp_path / "work")
 
 
 def test_a_stage_that_keeps_an_optimizer_of_other_parameters_is_refused(staged: RunConfig, tmp_path: Path) -> None:
