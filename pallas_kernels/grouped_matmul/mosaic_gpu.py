@@ -2,7 +2,9 @@
 
 An expert has few rows for the size of its matrix, so that a tile's product is short beside reading its first operands
 and writing its result. Here the CTAs stay: a loader warpgroup goes on to the next tile while two others, each with half
-of a tile's rows, still write the last one.
+of a tile's rows, still write the last one. Two CTAs, with tiles one above the other, are a cluster: each loads half of
+the dy that both multiply with, since the cache's bandwidth is what limits. Where the tiles are odd in number, each CTA
+is a cluster.
 
 Tiles of shared memory are filled from multiples of 8 rows. An expert's rows up to the first of these, and those left
 over at its end, are copied beforehand, zeros after them: the kernel masks nothing.
@@ -23,9 +25,11 @@ ROWS, COLUMNS, STEP = 128, 256, 64
 """A tile of the result, and how many rows of x and dy are multiplied at a time."""
 EDGE = 2 * STEP
 """Rows of an expert at its ends, at most 7 and STEP - 1 of them."""
-STAGES = 3
-BAND = 8
-"""Tiles above each other that are worked on before those to their right: together they read little."""
+STAGES = 4
+STORED = 128
+"""Columns that are written at a time: what the rest of the tile would take in shared memory is another stage."""
+BAND = 4
+"""Clusters' tiles above each other that are worked on before those to their right: together they read little."""
 REGISTERS = {"increase": 232, "decrease": 40}
 ALIGNMENT = 8
 
@@ -56,15 +60,17 @@ def weight_gradient(
         x: [M, D].
         dy: [M, F], in x's dtype.
         group_sizes: [E] int32, in order.
-        programs: how many CTAs share the work.
+        programs: how many CTAs share the work, an even number.
     """
     experts, inner, outer = group_sizes.shape[0], x.shape[1], dy.shape[1]
     if padding := -x.shape[0] % ALIGNMENT:
         x, dy = (jnp.pad(a, ((0, padding), (0, 0))) for a in (x, dy))
     walk, edge_rows = _cut(group_sizes, x.shape[0])
+    members = 1 if inner // ROWS % 2 else 2
+    grid = (experts, inner // (members * ROWS), outer // COLUMNS)
 
     def body(*refs: Any, **smem: Any) -> None:
-        _Cta(*refs, smem=smem, grid=(experts, inner // ROWS, outer // COLUMNS), programs=programs).run()
+        _Cta(*refs, smem=smem, grid=grid, members=members, clusters=programs // members).run()
 
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     dw = plgpu.kernel(
@@ -73,13 +79,15 @@ def weight_gradient(
         scratch_types={
             "x": plgpu.SMEM((STAGES, STEP, ROWS), x.dtype, transforms=transforms),
             "dy": plgpu.SMEM((STAGES, STEP, COLUMNS), x.dtype, transforms=transforms),
-            "out": plgpu.SMEM((2, ROWS // 2, COLUMNS), x.dtype, transforms=transforms),
+            "out": plgpu.SMEM((2, ROWS // 2, STORED), x.dtype, transforms=transforms),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            "empty": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            "done": plgpu.Barrier(num_arrivals=3),
+            "empty": plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=STAGES),
+            "done": plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=3),
         },
-        grid=(programs,),
-        grid_names=("cta",),
+        grid=(programs // members,),
+        grid_names=("cluster",),
+        cluster=(members,),
+        cluster_names=("member",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -115,15 +123,17 @@ class _Cta:
         *refs: Any,
         smem: dict[str, Any],
         grid: tuple[int, int, int],
-        programs: int,
+        members: int,
+        clusters: int,
     ) -> None:
         self.x, self.dy, self.x_edge, self.dy_edge, first, whole, edge, self.out = refs
         self.walk = _Walk(first, whole, edge)
         self.smem = smem
         self.experts, self.down, self.across = grid
-        self.programs = programs
+        self.members, self.clusters = members, clusters
         self.tiles = self.experts * self.down * self.across
-        self.cta = lax.axis_index("cta")
+        self.cluster = lax.axis_index("cluster")
+        self.member = lax.axis_index("member")
 
     def run(self) -> None:
         """Gives every warpgroup its role."""
@@ -139,22 +149,22 @@ class _Cta:
             plgpu.set_max_registers(REGISTERS["increase"], action="increase")
             self.multiply(warpgroup)
 
-        # A warpgroup that exits while another issues wgmma faults, so all leave together.
+        # A warpgroup that exits while another issues wgmma faults, and so does a CTA that another still writes to.
         plgpu.barrier_arrive(self.smem["done"])
         plgpu.barrier_wait(self.smem["done"])
 
     def place(self, visit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Expert, first row and first column of the tile of a visit of this CTA."""
-        tile = self.cta + visit * self.programs
+        tile = self.cluster + visit * self.clusters
         expert, inside = lax.div(tile, self.down * self.across), lax.rem(tile, self.down * self.across)
         band, inside = lax.div(inside, BAND * self.across), lax.rem(inside, BAND * self.across)
         height = jnp.minimum(self.down - band * BAND, BAND)
         row, column = band * BAND + lax.rem(inside, height), lax.div(inside, height)
-        return expert, row * ROWS, column * COLUMNS
+        return expert, (row * self.members + self.member) * ROWS, column * COLUMNS
 
     @property
     def visits(self) -> jax.Array:
-        return lax.div(self.tiles - self.cta + self.programs - 1, self.programs)
+        return lax.div(self.tiles - self.cluster + self.clusters - 1, self.clusters)
 
     def load(self) -> None:
         """Streams the rows that each tile adds up, tile after tile."""
@@ -166,7 +176,12 @@ class _Cta:
 
             def copy(slot: jax.Array, rows: Any, x: Any, dy: Any) -> None:
                 plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(row, ROWS)], self.smem["x"].at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(column, COLUMNS)], self.smem["dy"].at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    dy.at[rows, pl.ds(column, COLUMNS)],
+                    self.smem["dy"].at[slot],
+                    full.at[slot],
+                    collective_axes="member",
+                )
 
             @pl.loop(0, whole + edge)
             def _(step: jax.Array) -> None:
@@ -217,11 +232,12 @@ class _Cta:
             result = pl.run_scoped(product, plgpu.ACC((ROWS // 2, COLUMNS), jnp.float32))
             last = lax.rem(count + steps + STAGES - 1, STAGES)
             pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out[...] = result.astype(out.dtype)
-            plgpu.commit_smem()
-            rows = pl.ds(expert * (self.down * ROWS) + row + half * (ROWS // 2), ROWS // 2)
-            plgpu.copy_smem_to_gmem(out, self.out.at[rows, pl.ds(column, COLUMNS)])
+            rows = pl.ds(expert * (self.down * self.members * ROWS) + row + half * (ROWS // 2), ROWS // 2)
+            for left in range(0, COLUMNS, STORED):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out[...] = result[:, left : left + STORED].astype(out.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out, self.out.at[rows, pl.ds(column + left, STORED)])
             return count + steps
 
         lax.fori_loop(0, self.visits, visit, jnp.int32(0))

@@ -211,17 +211,18 @@ def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any],
 
 
 # No rows at an expert's start or end; fewer than 8 of both; one whole step and none; more than one step left over.
-HOPPER_SIZES = [(128, 64, 0), (3, 9, 70), (20, 64, 127), (1, 70, 134)]
+# With widths of 128 and 256, clusters of one CTA and of two.
+HOPPER_CASES = [((128, 64, 0), 128), ((3, 9, 70), 256), ((20, 64, 127), 128), ((1, 70, 134), 256)]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU, the compiled kernel runs in the tests above")
-@pytest.mark.parametrize("sizes", HOPPER_SIZES)
+@pytest.mark.parametrize(("sizes", "width"), HOPPER_CASES)
 def test_hopper_weight_gradient_equals_the_definition(
-    sizes: tuple[int, ...], capfd: pytest.CaptureFixture[str]
+    sizes: tuple[int, ...], width: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """INV-23: CTAs that walk from tile to tile, interpreted with race detection; what no expert owns is not read."""
     rows, owned = 210, sum(sizes)
-    x, w, dy = draw(rows, sizes, 128, 512, ml_dtypes.bfloat16)
+    x, w, dy = draw(rows, sizes, width, 512, ml_dtypes.bfloat16)
     expected = definition(x, w, dy, sizes)[2]
     x[owned:], dy[owned:] = np.nan, np.nan
     gradient = jax.jit(mosaic_gpu.weight_gradient, static_argnames="programs")
