@@ -51,11 +51,19 @@ from mmx_jax.config import (
 
 BILLION = 10**9
 TRILLION = 10**12
-SPARSE_CORES = CompilerConfig().tpu + tuple(
-    (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "true")
-    for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce")
+SPARSE_CORES = (
+    *CompilerConfig().tpu,
+    *(
+        (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "true")
+        for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce")
+    ),
+    ("xla_tpu_enable_sparse_core_offload_queuing_in_lhs", "true"),
+    ("xla_tpu_sparse_core_offload_queuing_overlap_limit", "8"),
+    ("xla_tpu_enable_ici_ag_pipelining", "true"),
+    ("xla_tpu_sparse_core_all_gather_latency_multiplier", "4"),
 )
-"""The chip's SparseCores gather weights and add up gradients while the rest of it computes (docs/scaling.md)."""
+"""The chip's SparseCores gather weights and add up gradients while the rest of it computes (docs/scaling.md): several
+gathers are underway at once, a layer's weights come while the layer before it computes, and they are asked for early."""
 
 
 def get_config(kind: str = "v5p_4096") -> RunConfig:
