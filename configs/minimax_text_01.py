@@ -63,7 +63,7 @@ SPARSE_CORES = (
     ("xla_tpu_sparse_core_all_gather_latency_multiplier", "4"),
 )
 """The chip's SparseCores gather weights and add up gradients while the rest of it computes (docs/scaling.md): several
-gathers are underway at once, a layer's weights come while the layer before it computes, and they are asked for early."""
+gathers are underway at once, a layer's weights come while the layer before it computes, and early."""
 
 
 def get_config(kind: str = "v5p_4096") -> RunConfig:
