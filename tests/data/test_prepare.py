@@ -408,7 +408,7 @@ def test_command_line(corpus: Path, store_folder: Path, tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "store").license == "PSF"
     for wrong, said in (
         ("--inputs=/nowhere/*.txt", "nowhere"),
-        ("--inpts=x", "--inpts"),
+        ("--inpts=x", "inpts"),
         ("--processes=many", "processes"),
         ("corpus", "unexpected arguments: corpus; inputs are named by --inputs=a,b"),
     ):
