@@ -24,13 +24,17 @@ from dataclasses import replace
 from absl import flags
 
 from mmx_jax.config import ConfigError, RunConfig
-from mmx_jax.config.overrides import EXIT_CONFIG, fail_with, run_with_config
+from mmx_jax.config.command_line import EXIT_CONFIG, fail_with
+from mmx_jax.config.overrides import run_with_config
 from parallel import distributed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and plots; default runs/<name>.")
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step for --topology and print a JSON line.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for, as in v5p:16x16x16 or v6e:16x16*2 (two).")
-_SEARCH = flags.DEFINE_bool("search", False, "With --compile_only: also try other meshes and remat policies.")
+_SEARCH = flags.DEFINE_bool("search", False, "With --compile_only: try other meshes, remat policies, micro-batches.")
+_SEARCH_COMPILES = flags.DEFINE_integer(
+    "search_compiles", 3, "With --search: how many that fit are compiled; 0 only ranks on paper.", lower_bound=0
+)
 EXIT_WRITE = 74
 EXIT_INTERRUPTED = 75
 WITHOUT_HARDWARE = {
@@ -76,16 +80,16 @@ def run(config: RunConfig) -> int:
     if _COMPILE_ONLY.value:
         return compile_only(config)
     try:
-        for name, value in (("search", _SEARCH.value), ("topology", _TOPOLOGY.value)):
-            if value:
-                raise ConfigError(f"--{name} goes with --compile_only, which trains nothing")
+        for flag in (_SEARCH, _SEARCH_COMPILES, _TOPOLOGY):
+            if flag.present:
+                raise ConfigError(f"--{flag.name} goes with --compile_only, which trains nothing")
         return distributed.run(lambda: main(config))
     except (ConfigError, distributed.LaunchError) as error:
         return fail_with(error)
 
 
 def compile_only(config: RunConfig) -> int:
-    """Compiles the first stage's step for the topology; the last line printed is the report (best one of a search).
+    """Compiles the first stage's step for the topology and prints a JSON line, or one for each step of a search.
 
     A step that does not fit is reported too, and ends with the exit code of a configuration that cannot work.
     """
@@ -104,12 +108,19 @@ def compile_only(config: RunConfig) -> int:
         if _TOPOLOGY.value is None:
             raise ConfigError("--compile_only needs --topology, as in --topology=v5p:16x16x16")
         target = Target(config, parse_topology(_TOPOLOGY.value))
-        reports = search(target) if _SEARCH.value else [compile_ahead(target)]
+        if _SEARCH.value:
+            search(target, _SEARCH_COMPILES.value)
+            return 0
+        if _SEARCH_COMPILES.present:
+            raise ConfigError("--search_compiles goes with --search")
+        report = compile_ahead(target)
     except (ConfigError, MeshError, ShardingError, TopologyError) as error:
         fail_with(error, EXIT_CONFIG)
-    for report in reversed(reports):
-        print(json.dumps(report), flush=True)
-    return 0 if reports[0]["fits"] else fail_with(does_not_fit(reports[0]), EXIT_CONFIG)
+    except KeyboardInterrupt:
+        print("Ctrl-C: stopped; what was compiled until then is ranked above", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(json.dumps(report), flush=True)
+    return 0 if report["fits"] else fail_with(does_not_fit(report), EXIT_CONFIG)
 
 
 if __name__ == "__main__":

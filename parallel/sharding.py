@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from parallel.mesh import AXES
 
 MeshAxes = tuple[str, ...]
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or its sizes alone, which tell the shapes of shards."""
 
 
 class ShardingError(ValueError):
@@ -67,7 +69,7 @@ class Rules:
             entries.append(getattr(self, name) or None)
         return PartitionSpec(*entries)
 
-    def sharding(self, mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
+    def sharding(self, mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
         """Sharding on `mesh` of the array called `name`.
 
         Raises:

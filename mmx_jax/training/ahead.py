@@ -141,6 +141,7 @@ def _facts(target: Target, mesh: Mesh) -> dict[str, Any]:
         "chips": target.topology.chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "remat": stage.remat,
+        "micro_batch": stage.batch.micro_batch,
         "sequences_per_step": target.sequences,
         "sequence_length": stage.sequence_length,
         "tokens_per_chip": target.tokens // target.topology.chips,
@@ -269,8 +270,12 @@ def estimate(target: Target, cost: Cost, slower: Cost) -> dict[str, Any]:
     }
 
 
-def with_mesh(config: RunConfig, sizes: dict[str, int], remat: str, stage_index: int = 0) -> RunConfig:
-    """The run on another mesh, its stage with another rematerialisation."""
+def with_mesh(
+    config: RunConfig, sizes: dict[str, int], remat: str, stage_index: int = 0, micro_batch: int | None = None
+) -> RunConfig:
+    """The run on another mesh, its stage with another rematerialisation and, if one is given, another micro-batch."""
     stages = list(config.stages)
-    stages[stage_index] = replace(stages[stage_index], remat=remat)
+    stage = stages[stage_index]
+    batch = stage.batch if micro_batch is None else replace(stage.batch, micro_batch=micro_batch)
+    stages[stage_index] = replace(stage, remat=remat, batch=batch)
     return replace(config, mesh=MeshConfig(**sizes), stages=tuple(stages))

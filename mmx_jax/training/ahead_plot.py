@@ -11,7 +11,7 @@ from typing import Any
 from absl import app
 
 from mmx_jax.config import ConfigError
-from mmx_jax.config.overrides import fail_with, parse_flags
+from mmx_jax.config.command_line import fail_with, parse_flags
 
 PARTS = {
     "params": "parameters, fp32",
@@ -100,7 +100,7 @@ def _mesh(report: dict[str, Any]) -> str:
 
 
 def read_reports(path: Path) -> list[dict[str, Any]]:
-    """Lines of a file of reports.
+    """Lines of a file of reports; those of steps that did not fit, and the ranking of a search, are passed over.
 
     Raises:
       ConfigError: the file cannot be read, or a line is no report of a step that was compiled; names both.
@@ -113,6 +113,8 @@ def read_reports(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             report = json.loads(line)
+            if "ranking" in report or report.get("fits") is False:  # (a search has such lines too)
+                continue
             _title(report)
             table([report])
             for part in PARTS:

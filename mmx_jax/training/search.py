@@ -1,195 +1,343 @@
-"""Which mesh and which rematerialisation: all that are possible are weighed on paper, the best few are compiled."""
+"""Which mesh, rematerialisation and micro-batch: all that divide are weighed on paper, the best of them are compiled.
+
+python train.py --config configs/research_1p4b.py --compile_only --topology v5p:2x4x4 --search
+"""
 
 import itertools
-import logging
+import json
 import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
 
-from mmx_jax.config import LIGHTNING, ConfigError, RunConfig
-from mmx_jax.flops import TRAINING_FACTOR, forward_flops
-from mmx_jax.training.ahead import BACKWARD_KERNEL, Target, compile_ahead, mesh_sizes, shard_bytes, with_mesh
-from mmx_jax.training.stages import StageSetup
-from mmx_jax.training.state import abstract_batch
-from parallel.mesh import AXES
-from parallel.roofline import KERNEL_EFFICIENCY, MATMUL_EFFICIENCY
+from mmx_jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig
+from mmx_jax.training.ahead import Target, compile_ahead, mesh_sizes, with_mesh
+from mmx_jax.training.paper import Candidate, check_batch, state_bytes, weigh
+from parallel.mesh import MeshError, resolve_sizes
 from parallel.sharding import ShardingError
+from parallel.topology import TopologyError
 
 COMPILED = 3
 """Candidates that are compiled."""
+ATTEMPTS = 3
+"""For each of them so many may be tried: the compiler may refuse some."""
 FILLED = 0.9
 """Share of a chip's memory that a candidate may need on paper."""
-WORK = {"none": 1.0, "dots": 1.2, "attention": 1.3, "layer": 4 / 3}
-"""Matrix products of a step over those without recomputation."""
-MIXING = {"none": 1 + 2 * BACKWARD_KERNEL, "attention": 1 + 2 * BACKWARD_KERNEL}
-"""Attention kernels of a step over those of a forward pass; policies that are not here run the forward twice."""
-EXPOSED_TRAVEL = 0.65, 0.25
-"""Share of the all-to-alls' time that a step waits, with one token group and with several: as in compiled steps."""
-log = logging.getLogger(__name__)
+SHOWN = 12
+"""Meshes in the table on paper."""
+MOST_TENSOR, MOST_SEQUENCE = 8, 64
+"""Largest axes that are tried."""
+REMAT = ("none", "dots", "attention", "layer")
+Report = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A mesh and a policy, weighed on paper."""
+def search(target: Target, compiled: int = COMPILED) -> list[Report]:
+    """Compiles the best candidates on paper; prints each JSON line as soon as it is known, and a ranking as the last.
 
-    config: RunConfig
-    memory: float
-    """Bytes on each chip."""
-    seconds: float
-    """Of a step."""
+    Progress goes to stderr: the ranking on paper at once, then what is being compiled, at the end the best with the
+    flags that choose it. A candidate that the compiler refuses, or that does not fit after all, is reported, and the
+    next one on paper takes its place. Ctrl-C prints the ranking of what was compiled until then.
 
+    Args:
+      target: the run, whose mesh, rematerialisation and micro-batch give way; all else stays.
+      compiled: so many that fit; 0 ranks on paper alone.
 
-def search(target: Target, compiled: int = COMPILED) -> list[dict[str, Any]]:
-    """Reports (`compile_ahead`) of the best candidates: those that fit first, the fastest of them first.
+    Returns:
+      The ranking (`ranked`), the fastest that fits first.
 
     Raises:
-      ConfigError: nothing fits even on paper.
+      ConfigError: nothing fits even on paper, or nothing that was compiled.
+      TopologyError: there is no compiler for the chips.
+      KeyboardInterrupt: after the ranking was printed.
     """
+    start = time.monotonic()
     found = sorted(candidates(target), key=lambda candidate: candidate.seconds)
-    fitting = [candidate for candidate in found if candidate.memory <= FILLED * target.topology.chip.hbm_bytes]
-    if not fitting:
-        least = min((candidate.memory for candidate in found), default=math.inf)
-        raise ConfigError(
-            f"{target.config.name} does not fit on {target.topology}: of {len(found)} meshes the smallest needs about "
-            f"{least / 2**30:.0f} GiB a chip, {target.topology.chip.hbm_bytes / 2**30:.0f} GiB are there"
-        )
-    log.warning("%d of %d candidates fit on paper; compiling %d", len(fitting), len(found), min(compiled, len(fitting)))
-    reports = []
-    for candidate in fitting[:compiled]:
-        report = compile_ahead(Target(candidate.config, target.topology, target.stage_index))
-        reports.append(report | {"on_paper": {"memory": candidate.memory, "seconds": candidate.seconds}})
-    return sorted(reports, key=lambda report: (not report["fits"], _seconds(report)))
+    fitting = _fitting(target, found)
+    _say(f"{len(fitting)} of {len(found)} candidates fit on paper ({time.monotonic() - start:.0f} s); by mesh:")
+    _say(paper_table(target, fitting))
+    if compiled == 0:
+        best = list(_best_by_mesh(fitting))[:SHOWN]
+        return _print_ranking([_entry(_on_paper_report(target, candidate)) for candidate in best])
+    reports: list[Report] = []
+    try:
+        for report in _compile_best(target, fitting, compiled):
+            print(json.dumps(report), flush=True)
+            reports.append(report)
+    except KeyboardInterrupt:
+        _say("stopped")
+        raise
+    finally:
+        ranking = _print_ranking(ranked(reports))
+    if not ranking:
+        raise ConfigError(f"{target.config.name} on {target.topology}: none of the {len(reports)} best on paper fits")
+    return ranking
 
 
-def _seconds(report: dict[str, Any]) -> float:
-    return report["estimate"]["step_seconds"] if report["fits"] else math.inf
+def _fitting(target: Target, found: Sequence[Candidate]) -> list[Candidate]:
+    there = target.topology.chip.hbm_bytes
+    fitting = [candidate for candidate in found if candidate.bytes <= FILLED * there]
+    if fitting:
+        return fitting
+    if not found:
+        raise ConfigError(f"{target.config.name}: no mesh of the {target.topology.chips} chips divides its sizes")
+    least = min(candidate.bytes for candidate in found)
+    raise ConfigError(
+        f"{target.config.name} does not fit on {target.topology}: of {len(found)} candidates the smallest needs about "
+        f"{least / 2**30:.0f} GiB a chip, {there / 2**30:.0f} GiB are there"
+    )
 
 
 def candidates(target: Target) -> Iterator[Candidate]:
-    """All meshes whose sizes divide what they split, with each policy."""
-    model, chips = target.config.model, target.topology.chips
-    devices = target.topology.devices()
-    experts = [n for n in _divisors(chips) if model.num_experts % n == 0] if model.num_experts else [1]
-    tensors = [n for n in _divisors(chips) if n <= 8 and model.num_heads % n == 0]
-    sequences = [n for n in _divisors(chips) if n <= 64]
-    slices = target.topology.slices
+    """All meshes whose sizes divide what they split, with each policy and each micro-batch that divides the steps."""
+    micro_batches = _divisors(math.gcd(*(sequences for _, sequences in target.stage.batch.ramp)))
+    for sizes in _meshes(target):
+        try:
+            state = state_bytes(_changed(target, sizes, REMAT[0], micro_batches[0]))
+        except (ShardingError, ConfigError):
+            continue
+        for micro_batch in micro_batches:
+            these = [_changed(target, sizes, remat, micro_batch) for remat in REMAT]
+            with suppress(ShardingError):
+                check_batch(these[0])
+                yield from (weigh(one, state) for one in these)
+
+
+def _changed(target: Target, sizes: dict[str, int], remat: str, micro_batch: int) -> Target:
+    """The target on another mesh, with another policy and micro-batch."""
+    config = with_mesh(target.config, sizes, remat, target.stage_index, micro_batch)
+    return Target(config, target.topology, target.stage_index)
+
+
+def _meshes(target: Target) -> Iterator[dict[str, int]]:
+    model, chips, slices = target.config.model, target.topology.chips, target.topology.slices
+    ways = _divisors(chips)
+    experts = [n for n in ways if model.num_experts % n == 0] if model.num_experts else [1]
+    tensors = [n for n in ways if n <= MOST_TENSOR and model.num_heads % n == 0]
+    sequences = [n for n in ways if n <= MOST_SEQUENCE]
     for data, expert, tensor, sequence in itertools.product({1, slices}, experts, tensors, sequences):
         fsdp, rest = divmod(chips, data * expert * tensor * sequence)
-        if rest or data * fsdp % slices:
-            continue
-        sizes = {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
-        for remat in WORK:
-            try:
-                config = with_mesh(target.config, sizes, remat, target.stage_index)
-                yield weigh(Target(config, target.topology, target.stage_index), devices)
-            except (ShardingError, ConfigError):
-                break
+        if not rest and data * fsdp % slices == 0:
+            yield {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def weigh(target: Target, devices: Sequence[jax.Device]) -> Candidate:
-    """Memory and time of a step on paper; which device stands where does not matter.
+def _best_by_mesh(fitting: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The first of each mesh."""
+    seen: set[MeshConfig] = set()
+    for candidate in fitting:
+        if candidate.config.mesh not in seen:
+            seen.add(candidate.config.mesh)
+            yield candidate
+
+
+def _compile_best(target: Target, fitting: Sequence[Candidate], compiled: int) -> Iterator[Report]:
+    """Reports of what was tried, until so many fit: of each mesh the fastest on paper.
+
+    Where that needs more memory than there is, the mesh may come again with one that fits by the same error of paper.
+    """
+    done: set[MeshConfig] = set()
+    error_of_paper: dict[MeshConfig, float] = {}
+    attempts = 0
+    for candidate in fitting:
+        mesh = candidate.config.mesh
+        if len(done) == compiled or attempts == ATTEMPTS * compiled:
+            return
+        if mesh in done or candidate.bytes * error_of_paper.get(mesh, 0.0) > target.topology.chip.hbm_bytes:
+            continue
+        attempts += 1
+        _say(f"{len(done) + 1} of {compiled}: {describe(candidate.config, target.stage_index)} ... ", end="")
+        start = time.monotonic()
+        report = compile_apart(Target(candidate.config, target.topology, target.stage_index))
+        _say(f"{time.monotonic() - start:.0f} s: {_result(report)}")
+        if report["fits"]:
+            done.add(mesh)
+        else:
+            memory = report.get("memory_per_chip", {"hbm": math.inf})
+            needed = memory.get("total", memory["hbm"])
+            error_of_paper[mesh] = max(error_of_paper.get(mesh, 0.0), needed / candidate.bytes)
+        yield _on_paper_report(target, candidate) | report
+
+
+def _on_paper_report(target: Target, candidate: Candidate) -> Report:
+    """What is known of a candidate before it is compiled."""
+    config = candidate.config
+    stage = config.stages[target.stage_index]
+    return {
+        "config": config.name,
+        "topology": str(target.topology),
+        "mesh": {axis: size for axis, size in mesh_sizes(config.mesh).items() if size > 1},
+        "remat": stage.remat,
+        "micro_batch": stage.batch.micro_batch,
+        "flags": flags_of(target.config, config, target.stage_index),
+        "on_paper": {
+            "memory": {part: round(size) for part, size in candidate.memory.items()},
+            "total": round(candidate.bytes),
+            "step_seconds": round(candidate.seconds, 3),
+            "exposed_collective_seconds": round(candidate.exposed, 3),
+            "mfu": round(_mfu(target, candidate), 4),
+        },
+    }
+
+
+def _mfu(target: Target, candidate: Candidate) -> float:
+    return target.model_flops / (target.topology.chip.peak_flops * target.topology.chips * candidate.seconds)
+
+
+def flags_of(before: RunConfig, after: RunConfig, stage_index: int = 0) -> str:
+    """What to type on the command line of the one configuration to get the other's mesh, policy and micro-batch."""
+    sizes = {axis: getattr(after.mesh, axis) for axis in MESH_AXES}
+    values = {f"mesh.{axis}": size for axis, size in sizes.items() if size != getattr(before.mesh, axis)}
+    old, new = before.stages[stage_index], after.stages[stage_index]
+    if new.remat != old.remat:
+        values[f"stages.{stage_index}.remat"] = new.remat
+    if new.batch.micro_batch != old.batch.micro_batch:
+        values[f"stages.{stage_index}.batch.micro_batch"] = new.batch.micro_batch
+    return " ".join(f"--config.{path}={value}" for path, value in values.items())
+
+
+def describe(config: RunConfig, stage_index: int = 0) -> str:
+    """A candidate in a few words."""
+    stage = config.stages[stage_index]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(config.mesh).items() if size > 1) or "one chip"
+    return f"{mesh}, {stage.remat}, micro-batch {stage.batch.micro_batch}"
+
+
+def ranked(reports: Sequence[Report]) -> list[Report]:
+    """Those that were compiled and fit, the fastest first: flags, mesh, policy, memory, time and MFU."""
+    fitting = [report for report in reports if report["fits"]]
+    return [_entry(report) for report in sorted(fitting, key=lambda report: report["estimate"]["step_seconds"])]
+
+
+def _entry(report: Report) -> Report:
+    """A line of the ranking, by the compiled program or, without one, on paper."""
+    kept = {key: report[key] for key in ("flags", "mesh", "remat", "micro_batch")}
+    paper = report["on_paper"]
+    speed, total = paper, paper["total"]
+    if "estimate" in report:
+        speed, total = report["estimate"], report["memory_per_chip"]["total"]
+    return kept | {"memory": total, "step_seconds": speed["step_seconds"], "mfu": speed["mfu"]}
+
+
+def _print_ranking(ranking: list[Report]) -> list[Report]:
+    for place, entry in enumerate(ranking, start=1):
+        _say(f"{place}. {entry['step_seconds']:.4g} s a step, MFU {entry['mfu']:.3f}, {entry['memory'] / 1e9:.1f} GB: "
+             f"{entry['flags'] or 'as configured'}")  # fmt: skip
+    print(json.dumps({"ranking": ranking}), flush=True)
+    return ranking
+
+
+def _result(report: Report) -> str:
+    """What came out of a compile, in a few words."""
+    if "refused" in report:
+        return f"refused: {report['refused']}"
+    memory = report["memory_per_chip"]
+    needed = f"{memory['total'] / 1e9:.1f}" if "total" in memory else "more"
+    size = f"{needed} of {memory['hbm'] / 1e9:.0f} GB"
+    if not report["fits"]:
+        return f"does not fit: {size}"
+    return f"{size}, {report['estimate']['step_seconds']:.4g} s a step, MFU {report['estimate']['mfu']:.3f}"
+
+
+def paper_table(target: Target, fitting: Sequence[Candidate]) -> str:
+    """The best candidate of each mesh, the fastest first, and how the configuration as it is compares."""
+    best = list(_best_by_mesh(fitting))[:SHOWN]
+    lines = [("s a step", "waits", "MFU", "GB", *(best[0].memory), "")]
+    lines += [_paper_line(target, candidate) for candidate in best]
+    try:
+        *figures, name = _paper_line(target, as_configured(target))
+        lines.append((*figures, f"{name} (as configured)"))
+    except (MeshError, ShardingError, ConfigError) as error:
+        lines.append((*("-" for _ in lines[0][1:]), f"as configured: {error}"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line[:-1], widths)) + f"  {line[-1]}"
+                     for line in lines)  # fmt: skip
+
+
+def _paper_line(target: Target, candidate: Candidate) -> tuple[str, ...]:
+    parts = (f"{size / 1e9:.1f}" for size in (candidate.bytes, *candidate.memory.values()))
+    return (f"{candidate.seconds:.4g}", f"{candidate.exposed:.3g}", f"{_mfu(target, candidate):.3f}", *parts,
+            describe(candidate.config, target.stage_index))  # fmt: skip
+
+
+def as_configured(target: Target) -> Candidate:
+    """The configuration as it is, weighed.
 
     Raises:
-      ShardingError: a size does not divide.
+      MeshError, ShardingError, ConfigError: it does not fit the topology.
     """
     stage = target.stage
-    sizes = tuple(mesh_sizes(target.config.mesh)[axis] for axis in AXES)
-    mesh = Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    abstract_batch(1, stage.batch.micro_batch, stage.sequence_length, mesh)
-    state = StageSetup(target.config, stage, mesh).abstract
-    summed = 2 if target.sequences > stage.batch.micro_batch else 1  # gradients: of all micro-batches, and of one
-    kept = shard_bytes(state.params) * (1 + summed) + shard_bytes(state.optimizer)
-    between = _slices_seconds(target, shard_bytes(state.params))
-    return Candidate(target.config, kept + _activations(target), _step_seconds(target) + between)
+    sizes = resolve_sizes(mesh_sizes(target.config.mesh), target.topology.chips)
+    own = _changed(target, sizes, stage.remat, stage.batch.micro_batch)
+    check_batch(own)
+    return weigh(own, state_bytes(own))
 
 
-def _rows(target: Target) -> float:
-    """Tokens of a micro-batch that a group of `tensor` chips works on."""
-    stage, mesh = target.stage, target.config.mesh
-    return stage.batch.micro_batch * stage.sequence_length * mesh.tensor / target.topology.chips
+def compile_apart(target: Target) -> Report:
+    """The report of `compile_ahead`, from a process of its own that Ctrl-C can end and whose memory is given back.
+
+    A step that cannot be compiled is an answer: {"fits": False, "refused": why}.
+
+    Raises:
+      TopologyError: there is no compiler for the chips.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as words:
+        process = context.Process(target=_compile, args=(target, sender, words.name), daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means there, this process decides
+        process.start()
+        signal.signal(signal.SIGINT, before)
+        sender.close()
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            process.join()
+            last = Path(words.name).read_text(errors="replace").strip().rpartition("\n")[2]
+            answer = {"fits": False, "refused": f"the compiler ended with code {process.exitcode}: {last}"}
+        finally:
+            process.kill()
+            process.join()
+    if isinstance(answer, TopologyError):
+        raise answer
+    return answer
 
 
-def _activations(target: Target) -> float:
-    """bf16 activations that are kept, the working set of one layer, and one chunk of logits."""
-    model, stage, mesh = target.config.model, target.stage, target.config.mesh
-    heads = model.num_heads * model.head_dim / mesh.tensor
-    dots = 2 * (4 * heads + 2 * model.hidden_size)
-    slots = (model.experts_per_token if model.num_experts else 1) * stage.transport.block_factor
-    expert = 2 * slots * (2 * model.hidden_size + 3 * model.ffn_hidden_size / mesh.tensor)
-    layer = 2 * model.hidden_size
-    kept = {"layer": layer, "attention": 2 * layer, "dots": layer + dots, "none": layer + 2 * (dots + expert)}
-    working = 3 * (dots + expert) + 8 * stage.loss_chunk / mesh.tensor
-    vocabulary = 8 * model.vocab_size * model.hidden_size / mesh.tensor  # bf16 embedding and head, one fp32 gradient
-    return _rows(target) * (model.num_layers * kept[stage.remat] + working) + 2 * _gathered(target) + vocabulary
+def _compile(target: Target, sender: Connection, words: str) -> None:
+    """The work of the process: sends a report, or an error that ends the search; its stderr goes to a file."""
+    with open(words, "w") as file:
+        os.dup2(file.fileno(), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for absent chips cannot be read back
+    try:
+        sender.send(compile_ahead(target))
+    except TopologyError as error:
+        sender.send(error)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        sender.send({"fits": False, "refused": f"{type(error).__name__}: {reason}"})
 
 
-def _gathered(target: Target) -> float:
-    """bf16 bytes of one layer's weights as a chip needs them."""
-    model, mesh = target.config.model, target.config.mesh
-    own = max(model.num_experts, 1) / mesh.expert
-    experts = 3 * model.hidden_size * model.ffn_hidden_size * own
-    return 2 * (experts + 5 * model.hidden_size * model.num_heads * model.head_dim) / mesh.tensor
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def _step_seconds(target: Target) -> float:
-    model, stage, mesh, chip = target.config.model, target.stage, target.config.mesh, target.topology.chip
-    micro_batches = target.sequences / stage.batch.micro_batch
-    passes = 2 if stage.remat == "none" else 3
-    links = chip.ici_bandwidth
-    torus = chip.platform == "tpu"  # there a collective along one axis has but that axis's links
-    weights = (passes + 1) * _gathered(target) / links if target.topology.chips > mesh.tensor else 0.0
-    row = 2 * model.hidden_size * _rows(target) / mesh.tensor
-    travel = 0.0
-    if mesh.expert > 1:
-        slots = model.experts_per_token * stage.transport.block_factor
-        hops = min(mesh.expert, max(target.topology.shape)) / 8 * 6 if torus else 1.0
-        travel = 2 * passes * slots * row * hops / links
-        travel *= EXPOSED_TRAVEL[stage.transport.token_groups > 1]
-    sums = 4 * passes * row * (mesh.tensor - 1) * (3 if torus else 1) / links
-    row_seconds = _sequence_bytes(target) * (3 if torus else 1) / links
-    return _computing_seconds(target) + micro_batches * (model.num_layers * (weights + travel + sums) + row_seconds)
-
-
-def _sequence_bytes(target: Target) -> float:
-    """What a chip receives along the sequence axis in a micro-batch: states, keys and values, fp32 gradients."""
-    model, stage, mesh = target.config.model, target.stage, target.config.mesh
-    if mesh.sequence == 1:
-        return 0.0
-    rows = _rows(target) * mesh.sequence / stage.sequence_length
-    lightning = model.layers.count(LIGHTNING)
-    states = 2 * 2 * mesh.sequence * 4 * model.num_heads * model.head_dim**2 / mesh.tensor
-    keys = 16 * stage.sequence_length * model.num_kv_heads * model.head_dim  # bf16 both ways, and fp32 gradients
-    dense = 5 * model.num_layers * model.hidden_size * model.num_heads * model.head_dim
-    gradients = 8 * dense / (mesh.fsdp * mesh.expert * mesh.tensor)
-    return rows * (lightning * states + (model.num_layers - lightning) * keys) + gradients
-
-
-def _slices_seconds(target: Target, params: int) -> float:
-    """What a step waits for other slices: for bf16 weights and gradients (fsdp), or for fp32 gradients alone (data)."""
-    slices, stage = target.topology.slices, target.stage
-    passes = 2 if stage.remat == "none" else 3
-    each = 2 * params / slices if target.config.mesh.data == slices else (passes + 2) * params / 2
-    micro_batches = target.sequences / stage.batch.micro_batch
-    return EXPOSED_TRAVEL[1] * micro_batches * (slices - 1) * each / target.topology.chip.dcn_bandwidth
-
-
-def _computing_seconds(target: Target) -> float:
-    """Matrix products, with the empty rows of transport blocks, and attention kernels."""
-    model, stage, chip = target.config.model, target.stage, target.topology.chip
-    flops = forward_flops(model, stage.sequence_length)
-    mixing = flops.lightning_mixing + flops.softmax_mixing
-    travels = target.config.mesh.expert > 1 and model.capacity_factor is not None
-    empty = flops.ffn * (stage.transport.block_factor - 1) if travels else 0.0
-    products = TRAINING_FACTOR * WORK[stage.remat] * (flops.total - mixing + empty)
-    kernels = MIXING.get(stage.remat, 2 + 2 * BACKWARD_KERNEL) * mixing
-    seconds = (products / MATMUL_EFFICIENCY + kernels / KERNEL_EFFICIENCY) / chip.peak_flops
-    return seconds * target.tokens / target.topology.chips
+def _say(line: str, end: str = "\n") -> None:
+    print(line, end=end, file=sys.stderr, flush=True)

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.data import Batch
 from mmx_jax.model import ParamSpec, abstract_params, init_params, parameter_spec
-from parallel.sharding import Rules
+from parallel.sharding import AnyMesh, Rules
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,7 @@ def abstract_state(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     factors: Mapping[str, float],
-    mesh: Mesh,
+    mesh: AnyMesh,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; moments are split as the parameter they belong to.
 
@@ -54,7 +54,7 @@ def abstract_state(
     return TrainState(params, jax.tree_util.tree_map_with_path(place, moments))
 
 
-def param_sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
+def param_sharding(spec: ParamSpec, mesh: AnyMesh) -> NamedSharding:
     """Sharding of one parameter by its logical axes."""
     return Rules().sharding(mesh, spec.axes, spec.shape, spec.path)
 
@@ -98,7 +98,7 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def abstract_batch(micro_batches: int, micro_batch: int, sequence_length: int, mesh: Mesh) -> Batch:
+def abstract_batch(micro_batches: int, micro_batch: int, sequence_length: int, mesh: AnyMesh) -> Batch:
     """Shapes and shardings of the batches [A, B, T] of a step.
 
     Raises:
