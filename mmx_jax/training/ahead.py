@@ -22,6 +22,7 @@ from mmx_jax.training.state import abstract_batch
 from mmx_jax.training.step import make_train_step, stage_model
 from pallas_kernels import dispatch
 from pallas_kernels.softmax.chunked import block_lengths
+from pallas_kernels.softmax.mosaic_tpu import tiles as softmax_tiles
 from parallel import hlo
 from parallel.mesh import make_mesh
 from parallel.roofline import KERNEL_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Cost, Roofline
@@ -31,6 +32,8 @@ from parallel.topology import Topology
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 BACKWARD_KERNEL = 1.75
 """Arithmetic of each of the two kernels of an attention's backward over that of its forward."""
+FUSED_BACKWARD = 2.5
+"""The same of the one kernel of softmax attention's backward on TPUs: five matrix products over two."""
 SLOWER_MATMUL = 0.75
 """A second, more cautious share of the peak for matrix products, at which the estimate is made again."""
 
@@ -197,15 +200,19 @@ def _kernel_flops(target: Target, mesh: Mesh) -> Callable[[hlo.Instruction, Sequ
     tokens = target.stage.batch.micro_batch * target.stage.sequence_length / mesh.size
     each = {
         "lightning": flops.lightning_mixing * tokens / max(lightning, 1),
-        "splash": flops.softmax_mixing * tokens / max(softmax, 1),
         "softmax_attention": flops.softmax_mixing * tokens / max(softmax, 1),
     }
+    _, key_tile = softmax_tiles(target.stage.sequence_length // mesh.shape["sequence"], target.stage.sequence_length)
+    beyond = 1 + key_tile / target.stage.sequence_length  # of the tiles on the diagonal half is computed in vain
 
     def of(item: hlo.Instruction, shapes: Sequence[str]) -> float:
         if "expert_matmul" in item.op_name:
             return _grouped_matmul_flops(shapes)
         # Pallas kernels on TPUs are called by name; those on GPUs are known by the scope that they stand in.
         name = item.name if target.topology.chip.platform == "tpu" else item.op_name
+        if name.startswith("softmax_"):
+            whole = each["softmax_attention"] * beyond * _share_of_queries(item, shapes)
+            return whole * (FUSED_BACKWARD if "backward" in name else 1)
         backward = any(part in item.name for part in ("dq", "dk", "dv")) or (
             "transpose(" in name and "rematted_computation" not in name
         )
@@ -227,6 +234,12 @@ def _unknown_loops(target: Target, mesh: Mesh) -> Callable[[hlo.Instruction], fl
     seen = (math.ceil(stage.sequence_length / block) + 1) / 2
     micro_batches = target.sequences // stage.batch.micro_batch
     return lambda loop: seen if "softmax_attention" in loop.op_name else micro_batches
+
+
+def _share_of_queries(item: hlo.Instruction, shapes: Sequence[str]) -> float:
+    """Of all queries, the first matrix read, those whose output or gradient, the first result, a kernel makes."""
+    queries = next(sizes for shape in shapes if len(sizes := hlo.dimensions(shape)) > 1)
+    return math.prod(hlo.dimensions(item.shape)) / math.prod(queries)
 
 
 def _grouped_matmul_flops(shapes: Sequence[str]) -> float:

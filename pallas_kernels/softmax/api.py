@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
-from pallas_kernels.softmax import chunked, splash, triton
+from pallas_kernels.softmax import chunked, mosaic_tpu, triton
 from pallas_kernels.softmax.chunked import Ranges
 
-NAMES = ("chunked", "cudnn", "dense", "splash", "triton")
+NAMES = ("chunked", "cudnn", "dense", "mosaic_tpu", "triton")
 """Every name that `implementation=` accepts."""
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 RESULTS = "softmax_results"
 """Checkpoint name of the output and its log-sum-exp: who keeps both spares the backward the forward's kernel."""
 LEAST_QUERIES = 16
@@ -72,10 +73,11 @@ def softmax_attention(
     """Computes softmax(scale * q k^T) v over each query's range of keys, query head n reading key head n // (N / K).
 
     The softmax is fp32. Differentiable in q, k and v, also through the returned log-sum-exp, so that partial results
-    over pieces of the keys may be merged (model.md section 5; INV-17, INV-21, INV-36, INV-39).
+    over pieces of the keys may be merged (model.md section 5; INV-17, INV-21, INV-36, INV-39). On GPUs it cannot be
+    vmapped.
 
     Args:
-        q, k, v: bf16, fp16, fp32 or fp64, of one dtype; K divides N.
+        q, k, v: bf16, fp16, fp32 or fp64, of one dtype; K divides N. They must be finite, keys that no query sees too.
         scale: the factor of the scores, for MiniMax-01 H**-0.5.
         k_start, k_end: int32; query t sees the keys k_start <= j < k_end. A query that sees none gives 0, its
             log-sum-exp is -inf, and its gradients are 0. Both None: plain causal, T == S.
@@ -83,7 +85,8 @@ def softmax_attention(
         implementation: a name to force; by default the best one for platform, shape and dtype.
 
     Raises:
-        ValueError: shapes disagree, one range end is missing, or the forced implementation cannot run this call.
+        ValueError: shapes or dtypes disagree, an axis is empty, one range end is missing, or the forced implementation
+            cannot run this call.
     """
     _check(q, k, v, k_start, k_end)
 
@@ -92,9 +95,7 @@ def softmax_attention(
     def obstacle(name: str) -> str | None:
         if name == "cudnn":
             return _cudnn_obstacle(q, k, plain=plain, lse=return_lse)
-        if name == "splash":
-            return splash.supports(q, k, lse=return_lse)
-        return triton.supports(q, k, scale) if name == "triton" else None
+        return _kernel_obstacle(name, q, k, scale)
 
     title = f"softmax_attention of {q.dtype.name}{list(q.shape)} over {k.shape[1]} keys"
     candidates = _candidates(q.shape[1], plain=plain and not return_lse)
@@ -105,8 +106,6 @@ def softmax_attention(
     ranges = Ranges(*ends)
     if name == "dense":
         o, lse = _dense(scale, q, k, v, ranges)
-    elif name == "splash":
-        return _splash(scale, q, k, v, ranges)
     else:
         o, lse = _attention(name, return_lse, scale, q, k, v, ranges)
     return (o, lse) if return_lse else o
@@ -134,7 +133,7 @@ def softmax_backward(
         q, k, v, k_start, k_end, scale: as given to `softmax_attention`; ranges count from the first key given.
         o, lse: the output and its log-sum-exp over all keys.
         do: gradient arriving at the output.
-        implementation: "chunked" or "triton" to force; by default the best one for platform, shape and dtype.
+        implementation: "chunked", "mosaic_tpu" or "triton" to force; by default the best for platform, shape and dtype.
 
     Raises:
         ValueError: shapes disagree, or the forced implementation cannot run this call.
@@ -142,11 +141,11 @@ def softmax_backward(
     _check(q, k, v, k_start, k_end)
 
     def obstacle(name: str) -> str | None:
-        return triton.supports(q, k, scale) if name == "triton" else None
+        return _kernel_obstacle(name, q, k, scale)
 
     title = f"softmax_backward of {q.dtype.name}{list(q.shape)} over {k.shape[1]} keys"
-    candidates = [name for name in _candidates(q.shape[1], plain=False) if name == "triton"]
-    known = ("chunked", "triton")
+    candidates = _candidates(q.shape[1], plain=False)
+    known = ("chunked", "mosaic_tpu", "triton")
     name = dispatch.choose(title, candidates, obstacle, fallback="chunked", forced=implementation, known=known)
     q, k, v, start, end, o, lse, do = alike(q, k, v, *_ranges(q, k, k_start, k_end), o, lse, do)
     return _module(name).backward(q, k, v, Ranges(start, end), scale, o, lse, do, None)
@@ -159,14 +158,23 @@ def named(o: Float[Array, "B T N H"], lse: Float[Array, "B T N"]) -> tuple[jax.A
 
 def _candidates(queries: int, *, plain: bool) -> tuple[str, ...]:
     if dispatch.platform() == "tpu":
-        return ("splash",) if queries >= LEAST_QUERIES else ()
+        return ("mosaic_tpu",) if queries >= LEAST_QUERIES else ()
     capability = dispatch.compute_capability() if dispatch.platform() == "gpu" else None
     if capability is None or capability < 8 or queries < LEAST_QUERIES:
         return ()
     return ("cudnn", "triton") if plain else ("triton",)
 
 
+def _kernel_obstacle(name: str, q: jax.Array, k: jax.Array, scale: float) -> str | None:
+    """Says why one of our own implementations cannot run a call, None when it can."""
+    if name == "mosaic_tpu":
+        return mosaic_tpu.supports(q, k)
+    return triton.supports(q, k, scale) if name == "triton" else None
+
+
 def _cudnn_obstacle(q: jax.Array, k: jax.Array, *, plain: bool, lse: bool) -> str | None:
+    if dispatch.platform() != "gpu":
+        return f"the platform is {dispatch.platform()}, not a GPU"
     if not plain:
         return "key ranges are given"
     if lse:
@@ -211,19 +219,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _module(name: str) -> ModuleType:
-    return {"chunked": chunked, "triton": triton}[name]
-
-
-def _splash(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges) -> jax.Array:
-    """Runs splash where the ranges turn out to be packed segments, and the chunked form where they do not."""
-    return jax.lax.cond(
-        splash.packed(ranges),
-        lambda q, k, v: splash.attention(q, k, v, ranges, scale),
-        lambda q, k, v: _attention("chunked", False, scale, q, k, v, ranges)[0],
-        q,
-        k,
-        v,
-    )
+    return {"chunked": chunked, "mosaic_tpu": mosaic_tpu, "triton": triton}[name]
 
 
 def _dense(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Ranges) -> tuple[jax.Array, jax.Array]:
@@ -243,6 +239,13 @@ def _dense(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, ranges: Range
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array | None, k_end: jax.Array | None) -> None:
+    arrays = {"q": q, "k": k, "v": v}
+    for name, x in arrays.items():
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"softmax_attention: {name} must have four axes, none of them empty, got {list(x.shape)}")
+    if q.dtype.name not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        given = ", ".join(f"{name} {x.dtype.name}" for name, x in arrays.items())
+        raise ValueError(f"softmax_attention: q, k and v must share one of {', '.join(DTYPES)}, got {given}")
     batch, length, heads, dim = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(
@@ -258,5 +261,6 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array | None, 
             f"softmax_attention: without k_start and k_end T and S must agree, got {length} and {k.shape[1]}"
         )
     for name, x in (("k_start", k_start), ("k_end", k_end)):
-        if x is not None and x.shape != (batch, length):
-            raise ValueError(f"softmax_attention: {name} must be [B, T] = {[batch, length]}, got {list(x.shape)}")
+        if x is not None and (x.shape != (batch, length) or not jnp.issubdtype(x.dtype, jnp.integer)):
+            given = f"{x.dtype.name}{list(x.shape)}"
+            raise ValueError(f"softmax_attention: {name} must be integers [B, T] = {[batch, length]}, got {given}")

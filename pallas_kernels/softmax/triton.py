@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import triton_launch
 from pallas_kernels.arrays import varying_like
 from pallas_kernels.softmax.chunked import Ranges
+from pallas_kernels.softmax.tiles import extent
 from pallas_kernels.triton_launch import launch as _launch
 
 WIDTHS = (16, 32, 64, 128)
@@ -134,39 +135,13 @@ def _splits(group: int, programs: int) -> int:
     return next((n for n in range(1, group) if group % n == 0 and n * programs >= PROGRAMS), group)
 
 
-class _Extent(NamedTuple):
-    """Over the queries of each tile [B, tiles]: the union of their ranges, and the range that all of them see.
-
-    Queries that see nothing do not count; `any` says where others do.
-    """
-
-    low: jax.Array
-    high: jax.Array
-    common_low: jax.Array
-    common_high: jax.Array
-    any: jax.Array
-
-
-def _extent(ranges: Ranges, keys: int, tile: int) -> _Extent:
-    batch, length = ranges.start.shape
-    start, end = (jnp.pad(x, ((0, 0), (0, -length % tile))).reshape(batch, -1, tile) for x in ranges)
-    some = start < end
-    return _Extent(
-        jnp.min(jnp.where(some, start, keys), axis=2),
-        jnp.max(jnp.where(some, end, 0), axis=2),
-        jnp.max(jnp.where(some, start, 0), axis=2),
-        jnp.min(jnp.where(some, end, keys), axis=2),
-        jnp.any(some, axis=2),
-    )
-
-
 def _walks_over_keys(ranges: Ranges, keys: int, tiling: Tiling) -> jax.Array:
     """Says for each tile of queries which tiles of keys it walks over [B, tiles, 4]: see `triton_kernels`."""
-    extent = _extent(ranges, keys, tiling.queries)
-    first = jnp.where(extent.any, extent.low // tiling.keys, 0)
-    last = jnp.where(extent.any, -(-extent.high // tiling.keys), 0)
-    whole = jnp.clip(-(-extent.common_low // tiling.keys), first, last)
-    rest = jnp.clip(extent.common_high // tiling.keys, whole, last)
+    over = extent(ranges, keys, tiling.queries)
+    first = jnp.where(over.any, over.low // tiling.keys, 0)
+    last = jnp.where(over.any, -(-over.high // tiling.keys), 0)
+    whole = jnp.clip(-(-over.common_low // tiling.keys), first, last)
+    rest = jnp.clip(over.common_high // tiling.keys, whole, last)
     return jnp.stack([first, whole, rest, last], axis=2).astype(jnp.int32)
 
 
@@ -176,13 +151,13 @@ def _walks_over_queries(ranges: Ranges, keys: int, tiling: Tiling) -> jax.Array:
     Only the first run of tiles whose queries see all these keys goes unmasked. A tile that reaches beyond the queries
     is masked, since its rows are.
     """
-    extent = _extent(ranges, keys, tiling.queries)
+    over = extent(ranges, keys, tiling.queries)
     low = jnp.arange(0, keys, tiling.keys, dtype=jnp.int32)[None, :, None]
     high = low + tiling.keys
-    index = jnp.arange(extent.any.shape[1], dtype=jnp.int32)
+    index = jnp.arange(over.any.shape[1], dtype=jnp.int32)
     inside = (index + 1) * tiling.queries <= ranges.start.shape[1]
-    seen = extent.any[:, None] & (extent.low[:, None] < high) & (extent.high[:, None] > low)
-    every = seen & inside & (extent.common_low[:, None] <= low) & (extent.common_high[:, None] >= high)
+    seen = over.any[:, None] & (over.low[:, None] < high) & (over.high[:, None] > low)
+    every = seen & inside & (over.common_low[:, None] <= low) & (over.common_high[:, None] >= high)
     last = jnp.max(jnp.where(seen, index + 1, 0), axis=2)
     first = jnp.minimum(jnp.min(jnp.where(seen, index, index.size), axis=2), last)
     whole = jnp.min(jnp.where(every, index, last[..., None]), axis=2)

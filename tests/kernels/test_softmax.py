@@ -4,7 +4,6 @@ On a CPU the Triton kernels run in Triton's interpreter, in one process of its o
 kernels are interpreted and compiled; on a GPU the compiled kernels run.
 """
 
-import functools
 import os
 import pickle
 import subprocess
@@ -17,13 +16,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from pallas_kernels import dispatch, softmax
 from pallas_kernels.bench import common, timing
 from pallas_kernels.bench import softmax as bench
+from pallas_kernels.lightning import mosaic_tpu as mosaic_tpu_lightning
 from pallas_kernels.lightning import mosaic_tpu_bundles
-from pallas_kernels.softmax import chunked, splash, triton
+from pallas_kernels.softmax import chunked, mosaic_tpu, triton
 from pallas_kernels.softmax.chunked import Ranges
 from tests.kernels import cases, test_triton
 
@@ -96,6 +95,9 @@ def ranges(kind: str, batch: int, queries: int, keys: int) -> tuple[np.ndarray, 
         start, end = start, np.where(ids > 0, position + 1, 0)
     elif kind == "offset":
         start, end = np.zeros((batch, queries)), np.broadcast_to(keys - queries + position + 1, (batch, queries))
+    elif kind == "stripes":  # the first and the last quarter of the keys' row, causal
+        place = np.where(position < queries // 2, position, keys - queries + position)
+        start, end = np.zeros((batch, queries)), np.broadcast_to(place + 1, (batch, queries))
     elif kind == "windows":
         start, end = rng.integers(0, keys + 1, size=(2, batch, queries))
     else:
@@ -229,13 +231,19 @@ def test_errors_name_what_is_wrong() -> None:
         ("without k_start and k_end T and S must agree, got 4 and 6", q, {}),
         ("k_start and k_end come together", q, {"k_end": end}),
         ("3 query heads are no multiple of 2 key heads", q[:, :, :3], {"k_start": end, "k_end": end}),
-        (r"k_end must be \[B, T\]", q, {"k_start": end, "k_end": end[:, :2]}),
-        ("'cudnn' cannot run this call: key ranges", q, {"k_start": end, "k_end": end, "implementation": "cudnn"}),
-        ("'splash' cannot run this call", q, {"k_start": end, "k_end": end, "implementation": "splash"}),
+        (r"k_end must be integers \[B, T\]", q, {"k_start": end, "k_end": end[:, :2]}),
+        ("k_start must be integers .* got float32", q, {"k_start": end / 2, "k_end": end}),
+        ("must share one of .*, got q bfloat16, k float32", q.astype(jnp.bfloat16), {"k_start": end, "k_end": end}),
+        (r"q must have four axes, .* got \[4, 4, 8\]", q[0], {}),
+        (r"q must have four axes, none of them empty, got \[1, 0, 4, 8\]", q[:, :0], {}),
+        ("'cudnn' cannot run this call: the platform is", q, {"k_start": end, "k_end": end, "implementation": "cudnn"}),
+        ("'mosaic_tpu' cannot run this call", q, {"k_start": end, "k_end": end, "implementation": "mosaic_tpu"}),
     ]
     for message, query, arguments in wrong:
         with cases.annotations_unchecked(), pytest.raises(ValueError, match=message):
             softmax.softmax_attention(query, k, v, scale=0.3, **arguments)
+    with dispatch.target("gpu", 9.0), pytest.raises(ValueError, match="'cudnn' cannot run this call: key ranges"):
+        softmax.softmax_attention(q, k, v, scale=0.3, k_start=end, k_end=end, implementation="cudnn")
 
 
 # What the Triton kernels must do: several tiles each way, segments within, across and at the edges of tiles, tiles that
@@ -322,8 +330,7 @@ def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any],
 def test_triton_refuses_what_it_cannot_run() -> None:
     """Each refusal names what was found; dispatch then falls back."""
     q, k, *_ = abstract(64, 64, 128)
-    with dispatch.target("cpu"):
-        assert "no NVIDIA GPU" in str(triton.supports(q, k, 0.1))
+    assert "no NVIDIA GPU" in str(triton.supports(q, k, 0.1))
     with dispatch.target("gpu", 7.5):
         assert "sm_75" in str(triton.supports(q, k, 0.1))
     with dispatch.target("gpu", 9.0):
@@ -332,41 +339,109 @@ def test_triton_refuses_what_it_cannot_run() -> None:
         assert "96" in str(triton.supports(*abstract(64, 64, 96)[:2], 0.1))
 
 
-@pytest.mark.parametrize("kind", ["packed", "windows"])
-def test_splash_equals_the_definition(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-17, INV-36: packed segments run on the interpreted TPU kernels; other ranges are noticed, and right too."""
-    x = draw(2, 128, 128, 2, 1, 128)
-    x["dlse"] *= 0
-    start, end = map(jnp.asarray, ranges(kind, 2, 128, 128))
-    expected = definition(x, np.asarray(start), np.asarray(end), 0.1)
-    assert bool(splash.packed(Ranges(start, end))) == (kind == "packed")
-    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
-    with dispatch.target("tpu"):
+# What the TPU kernels must do: several tiles each way and in each piece, rows of a batch in one list, segments within,
+# across and at the edges of tiles, tiles that are seen whole, queries and whole rows that see nothing, a ragged end.
+TPU_CASES = [
+    ("packed", 384, 384, 4, 2, np.float32, {}),
+    ("offset", 100, 300, 2, 2, np.float32, {}),
+    ("windows", 300, 200, 2, 1, np.float32, {"MAX_HELD": 128}),
+    ("nothing", 20, 12, 2, 1, np.float32, {}),
+    ("stripes", 256, 512, 4, 1, np.float32, {"MAX_LIST": 4}),
+    ("packed", 384, 384, 2, 1, ml_dtypes.bfloat16, {"MAX_HELD": 256}),
+]
 
-        @jax.jit
-        def results(q, k, v, do):
-            o, pullback = jax.vjp(
-                lambda *x: softmax.softmax_attention(*x, scale=0.1, k_start=start, k_end=end), q, k, v
-            )
-            return o, *pullback(do)
 
-        actual = results(*(jnp.asarray(x[name]) for name in ("q", "k", "v", "do")))
-    for name, a in zip(("o", "dq", "dk", "dv"), actual):
-        assert cases.relative(a, expected[name]) <= 1e-5, name
+@pytest.mark.parametrize(("kind", "queries", "keys", "heads", "key_heads", "dtype", "limits"), TPU_CASES)
+def test_tpu_kernels_equal_the_definition(
+    kind: str, queries: int, keys: int, heads: int, key_heads: int, dtype: Any, limits: dict,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """INV-17, INV-21, INV-36, INV-39: interpreted as on two cores, with race detection; memory begins as NaN."""
+    for name, limit in limits.items():
+        monkeypatch.setattr(mosaic_tpu, name, limit)
+    monkeypatch.setattr(mosaic_tpu, "TILES", (128, 128))
+    x = draw(2, queries, keys, heads, key_heads, 128, dtype)
+    x["dlse"] = x["dlse"].astype(np.float32)
+    start, end = ranges(kind, 2, queries, keys)
+    with dispatch.target("tpu"), mosaic_tpu_lightning.interpreted():
+        actual = jax.tree.map(np.asarray, run(x, jnp.asarray(start), jnp.asarray(end), 0.1, "mosaic_tpu"))
+    compare(actual, definition(x, start, end, 0.1), 2e-6 if dtype is np.float32 else 5e-3)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("kind", ["packed", "windows", "stripes"])
+def test_tpu_lists_hold_what_is_seen(kind: str, by_keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-36: each tile of scores in which a pair is visible stands there once, and what is unmasked is seen whole.
+
+    No tile outside the hull of its queries' ranges does, but for one a tile of queries (by queries) or a piece (by
+    keys); entries of one tile stand together and know which of them are first and last.
+    """
+    monkeypatch.setattr(mosaic_tpu, "TILES", (128, 128))
+    rows, queries, keys = 2, 512, 640
+    start, end = ranges(kind, rows, queries, keys)
+    q, k = (jax.ShapeDtypeStruct((rows, n, 1, 128), jnp.float32) for n in (queries, keys))
+    cut = mosaic_tpu.Cut.of(q, k, 384)
+    places, counts, tiles, entries = map(
+        np.asarray, cut.lists(Ranges(*map(jnp.asarray, (start, end))), by_keys=by_keys)
+    )
+    place = np.arange(keys)
+    visible = (place >= start[..., None]) & (place < end[..., None])
+    scores = visible.reshape(rows * 4, 128, 5, 128).transpose(0, 2, 1, 3)
+    listed = set()
+    for piece, count in enumerate(counts):
+        own, tile, flags = tiles[piece, :count], entries[piece, :count] >> 3, entries[piece, :count] & 7
+        assert (own >= places[piece]).all()
+        assert (own < places[piece] + cut.piece).all()
+        major = tile if by_keys else own
+        new = np.diff(major, prepend=-1) != 0
+        np.testing.assert_array_equal(flags & 1 != 0, new)
+        np.testing.assert_array_equal(flags & 2 != 0, np.append(new[1:], True))
+        assert len(set(major[new])) == new.sum()
+        for a, b, masked in zip(own, tile, flags & 4):
+            if a >= rows * 4:  # the last piece reaches beyond the queries
+                assert masked
+                continue
+            assert b // 5 == a // 4
+            listed.add((a, b % 5))
+            seeing = scores[a, b % 5].any(1) | ~visible.reshape(rows * 4, 128, keys)[a].any(1)
+            assert masked or scores[a, b % 5][seeing].all() or not seeing.any()
+    assert set(zip(*np.nonzero(scores.any((2, 3))))) <= listed
+    most = len(counts) if by_keys else rows * 4
+    for first, last in zip(start.reshape(-1, 128), end.reshape(-1, 128)):
+        if (some := first < last).any():
+            most += -(-last[some].max() // 128) - first[some].min() // 128
+    assert len(listed) <= most
 
 
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.tpu_compiler
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("chip", ["v5p", "v6e"])
-def test_splash_compiles_for_tpu(chip: str) -> None:
-    """The public function and its gradient become splash's three kernels."""
+@pytest.mark.parametrize(("chip", "queries", "keys", "dtype"), [("v5p", 32_768, 1 << 20, jnp.bfloat16),
+                                                                ("v6e", 1000, 1300, jnp.float32)])  # fmt: skip
+def test_tpu_kernels_compile(chip: str, queries: int, keys: int, dtype: Any) -> None:
+    """The public function and its gradient become two kernels, in place: a part of a million keys, and odd sizes."""
     mesh = mosaic_tpu_bundles.chip_mesh(chip)
     with jax.set_mesh(mesh), dispatch.target("tpu"):
-        arguments = abstract(512, 512, 128, sharding=jax.NamedSharding(mesh, jax.P()))
-        text = jax.jit(lambda *x: gradients(*x)).trace(*arguments).lower().compile().as_text()
-    assert text.count("tpu_custom_call") == 3
+        arguments = abstract(queries, keys, 128, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+        compiled = jax.jit(lambda *x: gradients(*x)).trace(*arguments).lower().compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") == 2
+    assert "softmax_forward" in text
+    assert "softmax_backward" in text
+    if keys > mosaic_tpu.LONG:  # dk and dv in fp32, and less than one of them beside
+        assert compiled.memory_analysis().temp_size_in_bytes < 3 * (4 * keys * 2 * 128)
+
+
+def test_tpu_refuses_what_it_cannot_run() -> None:
+    """Each refusal names what was found; dispatch then falls back."""
+    q, k, *_ = abstract(64, 64, 128)
+    assert "not a TPU" in str(mosaic_tpu.supports(q, k))
+    with dispatch.target("tpu"):
+        assert mosaic_tpu.supports(q, k) is None
+        assert "64" in str(mosaic_tpu.supports(*abstract(64, 64, 64)[:2]))
+        assert "float16" in str(mosaic_tpu.supports(*abstract(64, 64, 128, jnp.float16)[:2]))
+        assert "keys in a row" in str(mosaic_tpu.supports(*abstract(64, 1 << 27, 128)[:2]))
 
 
 def test_bench_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,10 @@ CONFIG = ModelConfig(
     vocab_size=64, hidden_size=64, layers=("softmax", "softmax"), num_heads=2, num_kv_heads=1, head_dim=128,
     rotary_dim=64, ffn_hidden_size=64, compute_dtype="float32",
 )  # fmt: skip
-KERNELS = {"gpu": {"forward_kernel", "query_gradient_kernel", "key_gradients_kernel"}}
+KERNELS = {
+    "gpu": {"forward_kernel", "query_gradient_kernel", "key_gradients_kernel"},
+    "tpu": {"softmax_forward", "softmax_backward"},
+}
 SPLITS = {"whole rows": (1, IN_ORDER), "gather": (2, SequenceSplit()), "ring": (2, SequenceSplit(exchange="ring"))}
 
 
@@ -45,6 +48,8 @@ def kernels(jaxpr, found):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "triton_kernel_call":
             found[equation.params["fn"].__name__] += 1
+        if equation.primitive.name == "pallas_call":
+            found[equation.params["name"]] += 1
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
                 kernels(inner, found)

@@ -1,5 +1,7 @@
 """The accelerated kernels lower inside `jax.shard_map`, without the hardware."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -37,16 +39,25 @@ def test_lightning(platform, kernel):
     assert lowered(platform, loss, key_heads=8).count(f"@{kernel}") >= 3
 
 
+def softmax_loss(q, k, v, ids, exchange):
+    end = jnp.broadcast_to(jnp.arange(1, 1025, dtype=jnp.int32), ids.shape)
+    o = context.softmax_attention(q, k, v, end * 0, end, scale=0.1, order="zigzag", exchange=exchange)
+    return o.astype(jnp.float32).sum()
+
+
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_softmax_on_gpus(exchange):
     """Forward and backward are Triton's, both over whole rows and over a ring's pieces."""
-
-    def loss(q, k, v, ids):
-        end = jnp.broadcast_to(jnp.arange(1, 1025, dtype=jnp.int32), ids.shape)
-        o = context.softmax_attention(q, k, v, end * 0, end, scale=0.1, order="zigzag", exchange=exchange)
-        return o.astype(jnp.float32).sum()
-
+    loss = functools.partial(softmax_loss, exchange=exchange)
     assert lowered("sm_90", loss, key_heads=2).count(TRITON) >= 3
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_softmax_on_tpus(exchange):
+    """Forward and backward are the kernels over ranges, both over whole rows and over a ring's pieces."""
+    text = lowered("tpu", functools.partial(softmax_loss, exchange=exchange), key_heads=2)
+    for kernel in ("softmax_forward", "softmax_backward"):
+        assert kernel in text
 
 
 @pytest.mark.parametrize(("sizes", "kernels"), [({"fsdp": 4, "sequence": 2}, 2), ({"data": 4, "tensor": 2}, 0)])

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels import dispatch
 from pallas_kernels.softmax import softmax_attention
 from parallel import context
 from parallel.mesh import make_mesh
@@ -19,11 +21,11 @@ BATCH, LENGTH, DIM = 2, 64, 8
 pytestmark = pytest.mark.xdist_group("sequence_softmax")
 
 
-def inputs(heads, key_heads, dtype=jnp.float32):
+def inputs(heads, key_heads, dtype=jnp.float32, dim=DIM):
     """Queries, keys, values, the gradient of the output, and causal ranges: one document, and three with padding."""
     rng = np.random.default_rng(0)
-    q, do = (jnp.asarray(rng.normal(size=(BATCH, LENGTH, heads, DIM)), dtype) for _ in range(2))
-    k, v = (jnp.asarray(rng.normal(size=(BATCH, LENGTH, key_heads, DIM)), dtype) for _ in range(2))
+    q, do = (jnp.asarray(rng.normal(size=(BATCH, LENGTH, heads, dim)), dtype) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(BATCH, LENGTH, key_heads, dim)), dtype) for _ in range(2))
     place = np.arange(LENGTH)
     start = np.where(place < 5, 0, np.where(place < 41, 5, 41))
     end = np.where((place >= 20) & (place < 37), start, place + 1)
@@ -76,6 +78,16 @@ def test_bf16_is_added_up_in_fp32(exchange):
         assert actual.dtype == jnp.bfloat16
         error = np.linalg.norm(actual.astype(np.float32) - expected) / np.linalg.norm(expected)
         assert error < 1e-2
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_the_kernels_of_tpus(exchange):
+    """INV-39: interpreted, on the two stripes of each of two ranks, gathered or passed around."""
+    arrays = inputs(heads=4, key_heads=2, dim=128)
+    with dispatch.target("tpu"), pltpu.force_tpu_interpret_mode():
+        results = apart({"sequence": 2}, "zigzag", exchange, *arrays)
+    for actual, expected in zip(results, alone(*arrays)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_key_heads_that_do_not_fit_are_named():
