@@ -15,7 +15,7 @@ from mmx_jax.flops import TRAINING_FACTOR, ForwardFlops, forward_flops
 from mmx_jax.model import parameter_spec
 from mmx_jax.model.plan import layer_plan
 from mmx_jax.model.trainable import learning_rate_factors
-from mmx_jax.training.ahead import BACKWARD_KERNEL, Target, mesh_sizes, shard_bytes
+from mmx_jax.training.ahead import BACKWARD_KERNEL, FUSED_BACKWARD, Target, mesh_sizes, shard_bytes
 from mmx_jax.training.optimizer import make_optimizer
 from mmx_jax.training.state import abstract_batch, abstract_state
 from parallel.mesh import AXES
@@ -42,8 +42,6 @@ ALONE_EXPOSED = 0.65
 SLICES_EXPOSED = 0.5
 """The same of what crosses slices."""
 SPARSE_CORES = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
-SCORES = 41
-"""Bytes that move through main memory for each pair of a query and a key in the chunked softmax, both passes."""
 
 
 @dataclass(frozen=True)
@@ -283,20 +281,11 @@ class _Paper:
             + (TRAINING_FACTOR + ffn) * (wide + flops.router)
             + (TRAINING_FACTOR + 1) * flops.head  # its loss keeps no logits
         )
-        mixing = (1 + kernels + 2 * BACKWARD_KERNEL) * flops.lightning_mixing
-        seconds = (products / MATMUL_EFFICIENCY + mixing / KERNEL_EFFICIENCY) / chip.peak_flops
-        return seconds * self.target.tokens / self.target.topology.chips + self.attending() + self.moving()
-
-    def attending(self) -> float:
-        """Seconds of softmax attention: of its kernel or, where a row is split on TPUs, of scores in main memory."""
-        model, mesh, chip = self.target.config.model, self.target.config.mesh, self.target.topology.chip
-        mixing = (1 + 2 * BACKWARD_KERNEL) * self.flops.softmax_mixing
-        seconds = mixing / chip.peak_flops * self.target.tokens / self.target.topology.chips
-        if mesh.sequence == 1 or chip.platform != "tpu":
-            return seconds / KERNEL_EFFICIENCY
-        pairs = self.target.stage.sequence_length / 2 * self.tokens * self.micro_batches
-        moved = SCORES * pairs * model.num_heads / mesh.tensor * (model.num_layers - self.lightning)
-        return max(seconds / MATMUL_EFFICIENCY, moved / (MEMORY_EFFICIENCY * chip.hbm_bandwidth))
+        lightning = (1 + kernels + 2 * BACKWARD_KERNEL) * flops.lightning_mixing
+        backward = FUSED_BACKWARD if chip.platform == "tpu" else 2 * BACKWARD_KERNEL
+        softmax = (1 + backward) * flops.softmax_mixing  # its results are kept by every policy
+        seconds = (products / MATMUL_EFFICIENCY + (lightning + softmax) / KERNEL_EFFICIENCY) / chip.peak_flops
+        return seconds * self.target.tokens / self.target.topology.chips + self.moving()
 
     def moving(self) -> float:
         """Seconds of what moves through main memory beside matrix products."""
