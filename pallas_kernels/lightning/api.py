@@ -23,6 +23,7 @@ _PORTABLE: dict[str, Any] = {"chunked": chunked, "dense": reference.DENSE, "refe
 _ACCELERATED = ("mosaic_gpu", "mosaic_tpu", "triton")
 NAMES = (*_ACCELERATED, *_PORTABLE)
 """Every name that `implementation=` accepts."""
+_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def implementations(operation: Operation = "forward") -> tuple[str, ...]:
@@ -76,7 +77,8 @@ def lightning_attention(
     Args:
         q, k, v: bf16, fp32 or fp64; nothing is scaled or normalised here.
         slopes: fp32, positive.
-        segment_ids: int32, 0 is padding: it adds nothing, decays nothing, and its output is 0. None: all one segment.
+        segment_ids: integers, 0 is padding: it adds nothing, decays nothing, and its output is 0, as long as what q, k
+            and v hold there is finite. None: all one segment.
         initial_state: fp32 (key dim, value dim), enters the row's first segment. None: zeros.
         return_state: also return the fp32 state after each row's last real token, of its last segment alone.
         implementation: a name to force; by default the best one for platform, shape and dtype.
@@ -84,8 +86,8 @@ def lightning_attention(
     Raises:
         ValueError: shapes or dtypes disagree, or the forced implementation is unknown or cannot run this call.
     """
-    _check("lightning_attention", slopes, q=q, k=k, v=v)
-    _check_rows("lightning_attention", q, segment_ids, initial_state)
+    _check("lightning_attention", "BTNH", slopes, q=q, k=k, v=v)
+    _check_rows("lightning_attention", q, segment_ids, initial_state=initial_state)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
     o, state = _attention(implementation, return_state, *alike(q, k, v, slopes, ids, initial_state))
     return (o, state) if return_state else o
@@ -113,8 +115,8 @@ def lightning_backward(
     Raises:
         ValueError: as `lightning_attention`.
     """
-    _check("lightning_backward", slopes, q=q, k=k, v=v, do=do)
-    _check_rows("lightning_backward", q, segment_ids, initial_state)
+    _check("lightning_backward", "BTNH", slopes, q=q, k=k, v=v, do=do)
+    _check_rows("lightning_backward", q, segment_ids, initial_state=initial_state, dstate=dstate)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
     chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
     return chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate)
@@ -148,8 +150,8 @@ def chunk_state(
     Raises:
         ValueError: as `lightning_attention`.
     """
-    _check("chunk_state", slopes, k=k, v=v)
-    _check_rows("chunk_state", k, segment_ids, None)
+    _check("chunk_state", "BTNH", slopes, k=k, v=v)
+    _check_rows("chunk_state", k, segment_ids)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
     chosen = _choose("chunk_state", k, packed=ids is not None, forced=implementation)
     state = chosen.chunk_state(k, v, slopes, ids, reverse)
@@ -157,7 +159,7 @@ def chunk_state(
     if ids is None:
         return state, jnp.broadcast_to(jnp.exp(-rates * k.shape[1]), state.shape[:2])
     real = jnp.sum(ids > 0, axis=1, keepdims=True)
-    one_segment = jnp.max(ids, axis=1, keepdims=True) <= 1
+    one_segment = jnp.max(ids, axis=1, keepdims=True, initial=0) <= 1
     return state, jnp.where(one_segment, jnp.exp(-rates * real), 0)
 
 
@@ -179,19 +181,18 @@ def decode_step(
         q, k, v: one token of each row.
         state: fp32, one row for each token, or a pool of P rows when `slots` is given.
         slopes: fp32, positive.
-        slots: int32, the pool row of each token, all different; negative: the token is ignored, its output is 0.
+        slots: integers, the pool row of each token, all different; the token of a slot outside the pool (such as -1) is
+            ignored, its output is 0.
         implementation: a name to force.
 
     Raises:
         ValueError: as `lightning_attention`; also without slots when `state` has not one row for each token.
     """
-    _check("decode_step", slopes, q=q, k=k, v=v)
-    batch, heads, dim = q.shape
-    rows = state.shape[0] if slots is not None else batch
-    if state.shape != (rows, heads, dim, dim):
-        raise ValueError(f"decode_step: state must be {(rows, heads, dim, dim)} for q {q.shape}, got {state.shape}")
-    if slots is not None and slots.shape != (batch,):
-        raise ValueError(f"decode_step: slots must be [B] = {(batch,)}, got {slots.shape}")
+    _check("decode_step", "BNH", slopes, q=q, k=k, v=v)
+    batch = q.shape[0]
+    _check_state("decode_step", "state", state, q, state.shape[0] if slots is not None and state.ndim else batch)
+    if slots is not None:
+        _check_integers("decode_step", "slots", slots, "[B]", (batch,))
     chosen = _choose("decode_step", q[:, None], packed=slots is not None, forced=implementation)
     return chosen.decode_step(q, k, v, state, slopes, slots)
 
@@ -291,15 +292,18 @@ def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | N
         return module.supports(operation, q.shape, q.dtype, packed=packed)
 
     title = f"lightning {operation} of {q.dtype.name}{list(q.shape)}{' packed' if packed else ''}"
-    name = dispatch.choose(title, _candidates(operation), obstacle, fallback="chunked", forced=forced, known=NAMES)
+    candidates = _candidates(operation) if q.size else ()  # a kernel cannot be launched for nothing
+    name = dispatch.choose(title, candidates, obstacle, fallback="chunked", forced=forced, known=NAMES)
     return _module(name)
 
 
-def _check(function: str, slopes: jax.Array, **tokens: jax.Array) -> None:
-    """Raises unless the tokens share one shape and floating dtype and there is one slope for each head."""
+def _check(function: str, axes: str, slopes: jax.Array, **tokens: jax.Array) -> None:
+    """Raises unless the tokens share one shape with these axes and one dtype and there is one slope for each head."""
     (name, first), *others = tokens.items()
-    if not jnp.issubdtype(first.dtype, jnp.floating):
-        raise ValueError(f"{function}: {name} must be floating point, got {first.dtype}")
+    if first.ndim != len(axes):
+        raise ValueError(f"{function}: {name} must be [{', '.join(axes)}], got {list(first.shape)}")
+    if first.dtype not in _DTYPES:
+        raise ValueError(f"{function}: {name} must be bfloat16, float32 or float64, got {first.dtype}")
     for other, x in others:
         if x.shape != first.shape or x.dtype != first.dtype:
             raise ValueError(
@@ -310,11 +314,25 @@ def _check(function: str, slopes: jax.Array, **tokens: jax.Array) -> None:
         raise ValueError(f"{function}: slopes must be [N] = [{first.shape[-2]}], got {list(slopes.shape)}")
 
 
-def _check_rows(function: str, q: jax.Array, segment_ids: jax.Array | None, state: jax.Array | None) -> None:
-    batch, length, heads, dim = q.shape
-    if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(f"{function}: segment_ids must be [B, T] = {[batch, length]}, got {list(segment_ids.shape)}")
-    if state is not None and state.shape != (batch, heads, dim, dim):
+def _check_rows(function: str, q: jax.Array, segment_ids: jax.Array | None, **states: jax.Array | None) -> None:
+    if segment_ids is not None:
+        _check_integers(function, "segment_ids", segment_ids, "[B, T]", q.shape[:2])
+    for name, state in states.items():
+        if state is not None:
+            _check_state(function, name, state, q, q.shape[0])
+
+
+def _check_state(function: str, name: str, state: jax.Array, q: jax.Array, rows: int) -> None:
+    shape = (rows, q.shape[-2], q.shape[-1], q.shape[-1])
+    if state.shape != shape or state.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
-            f"{function}: initial_state must be [B, N, H, H] = {[batch, heads, dim, dim]}, got {list(state.shape)}"
+            f"{function}: {name} must be [B, N, H, H] = float32{list(shape)} for q {list(q.shape)}, "
+            f"got {state.dtype.name}{list(state.shape)}"
+        )
+
+
+def _check_integers(function: str, name: str, x: jax.Array, axes: str, shape: tuple[int, ...]) -> None:
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"{function}: {name} must be integers {axes} = {list(shape)}, got {x.dtype.name}{list(x.shape)}"
         )

@@ -65,7 +65,7 @@ def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: obje
 def chunk_length(length: int) -> int:
     """Returns the chunk length for T tokens: the fastest one of the platform, less for short rows."""
     fastest = {"cpu": 64, "tpu": 256}.get(dispatch.platform(), 128)
-    return min(fastest, math.ceil(length / 8) * 8)
+    return min(fastest, max(1, math.ceil(length / 8)) * 8)
 
 
 def forward(
@@ -132,7 +132,7 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
         member, total = jnp.ones_like(rank, bool), rank[:, -1:]
     else:
         rank = jnp.cumsum(segment_ids > 0, axis=1)
-        border = 1 if reverse else jnp.max(segment_ids, axis=1, keepdims=True)
+        border = 1 if reverse else jnp.max(segment_ids, axis=1, keepdims=True, initial=0)
         member, total = (segment_ids == border) & (segment_ids > 0), rank[:, -1:]
     age = jnp.where(member, rank if reverse else total - rank, 0)
     weight = jnp.where(member[..., None], jnp.exp(-slopes.astype(accumulator(k)) * age[..., None]), 0)
@@ -210,8 +210,8 @@ def _walk(
     """
     batch, length, heads, dim = arrays[0].shape
     chunk = chunk_length(length)
-    chunks = math.ceil(length / chunk)
-    bytes_per_chunk = 4 * batch * heads * (chunk * chunk + dim * dim)
+    chunks = max(1, math.ceil(length / chunk))
+    bytes_per_chunk = max(1, 4 * batch * heads * (chunk * chunk + dim * dim))
     blocks = math.ceil(chunks / max(1, BLOCK_BYTES // bytes_per_chunk))
     per_block = math.ceil(chunks / blocks)
     tokens = _cut(arrays, segment_ids, chunk, blocks * per_block)
@@ -229,7 +229,7 @@ def _walk(
             return carry, tuple(lax.dynamic_update_slice_in_dim(o, p, start, 1) for o, p in zip(outputs, parts))
 
         carry, outputs = lax.fori_loop(0, blocks, step, (carry, outputs))
-    return carry, tuple(o.reshape(batch, -1, heads, dim)[:, :length] for o in outputs)
+    return carry, tuple(o.reshape(batch, blocks * per_block * chunk, heads, dim)[:, :length] for o in outputs)
 
 
 def _cut(arrays: tuple[jax.Array, ...], segment_ids: jax.Array | None, chunk: int, chunks: int) -> Tokens:

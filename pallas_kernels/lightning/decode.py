@@ -22,5 +22,6 @@ def decode_step(
     o = jnp.sum(query[..., :, None] * rows, axis=-2)
     if slots is None:
         return o.astype(q.dtype), rows
-    o = jnp.where((slots >= 0)[:, None, None], o, 0).astype(q.dtype)
-    return o, state.at[jnp.where(slots >= 0, slots, pool)].set(rows, mode="drop")
+    held = (slots >= 0) & (slots < pool)
+    o = jnp.where(held[:, None, None], o, 0).astype(q.dtype)
+    return o, state.at[jnp.where(held, slots, pool)].set(rows, mode="drop")

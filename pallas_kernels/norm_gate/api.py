@@ -5,6 +5,7 @@ import importlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
@@ -40,13 +41,19 @@ def norm_gate(
         implementation: a name to force; by default the best one for platform, shape and dtype.
 
     Raises:
-        ValueError: shapes disagree, or the forced implementation is unknown or cannot run this call.
+        ValueError: shapes disagree, a dtype is not floating, or the forced implementation is unknown or cannot run this
+            call.
     """
+    if x.ndim != 4:
+        raise ValueError(f"norm_gate: x must be [B, T, N, H], got {list(x.shape)}")
     if gate_logits.shape != x.shape or weight.shape != x.shape[2:]:
         raise ValueError(
             f"norm_gate: gate_logits must be {list(x.shape)} and weight {list(x.shape[2:])} for x {list(x.shape)}, "
             f"got {list(gate_logits.shape)} and {list(weight.shape)}"
         )
+    for name, array in (("x", x), ("gate_logits", gate_logits), ("weight", weight)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"norm_gate: {name} must be floating point, got {array.dtype}")
     return _norm_gate(eps, _choose(x, gate_logits, weight, implementation), *alike(x, gate_logits, weight))
 
 
@@ -92,7 +99,8 @@ def _choose(x: jax.Array, gate_logits: jax.Array, weight: jax.Array, forced: str
         return _module(name).supports(weight.size, x.dtype, weight.dtype)
 
     title = f"norm_gate of {x.dtype.name}{list(x.shape)}"
-    return dispatch.choose(title, _candidates(), obstacle, fallback="xla", forced=forced, known=NAMES)
+    candidates = _candidates() if x.size else ()  # a kernel cannot be launched for nothing
+    return dispatch.choose(title, candidates, obstacle, fallback="xla", forced=forced, known=NAMES)
 
 
 def _partitioned() -> bool:

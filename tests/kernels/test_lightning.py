@@ -336,12 +336,57 @@ def test_errors_name_what_is_wrong() -> None:
         ("'mosaic_tpu' cannot run this call", {"implementation": "mosaic_tpu"}),
         ("v must be like q, float32", {"v": x.v.astype(jnp.bfloat16)}),
         (r"slopes must be \[N\] = \[4\], got \[3\]", {"slopes": x.slopes[:3]}),
-        (r"segment_ids must be \[B, T\] = \[2, 9\]", {"segment_ids": jnp.ones((2, 8), jnp.int32)}),
+        (r"segment_ids must be integers \[B, T\] = \[2, 9\]", {"segment_ids": jnp.ones((2, 8), jnp.int32)}),
+        (r"segment_ids must be integers \[B, T\] = \[2, 9\], got float32", {"segment_ids": jnp.ones((2, 9))}),
         (r"initial_state must be \[B, N, H, H\]", {"initial_state": x.initial_state[:1]}),
+        (r"float32.*, got bfloat16\[2, 4, 16, 16\]", {"initial_state": x.initial_state.astype(jnp.bfloat16)}),
+        (r"q must be \[B, T, N, H\], got \[9, 4, 16\]", {"q": x.q[0]}),
+        ("q must be bfloat16, float32 or float64, got float16", {"q": x.q.astype(jnp.float16)}),
     ]
     for message, arguments in wrong:
         arguments = {"q": x.q, "k": x.k, "v": x.v, "slopes": x.slopes} | arguments
         with cases.annotations_unchecked(), pytest.raises(ValueError, match=message):
             lightning.lightning_attention(**arguments)
+    token = (x.q[:, 0], x.k[:, 0], x.v[:, 0])
     with pytest.raises(ValueError, match="state must be"):
-        lightning.decode_step(x.q[:, 0], x.k[:, 0], x.v[:, 0], x.initial_state[:1], x.slopes)
+        lightning.decode_step(*token, x.initial_state[:1], x.slopes)
+    with (
+        cases.annotations_unchecked(),
+        pytest.raises(ValueError, match=r"slots must be integers \[B\] = \[2\], got float32"),
+    ):
+        lightning.decode_step(*token, x.initial_state, x.slopes, slots=jnp.zeros(2))
+    with cases.annotations_unchecked(), pytest.raises(ValueError, match=r"state must be .*, got bfloat16"):
+        lightning.decode_step(*token, x.initial_state.astype(jnp.bfloat16), x.slopes)
+    # Rows that are too many would broadcast and give a gradient that belongs to nothing.
+    dstate = jnp.concatenate([x.dstate, x.dstate])
+    with (
+        cases.annotations_unchecked(),
+        pytest.raises(ValueError, match=r"dstate must be .*, got float32\[4, 4, 16, 16\]"),
+    ):
+        lightning.lightning_backward(x.q, x.k, x.v, x.slopes, x.do, dstate)
+
+
+@pytest.mark.parametrize("target", [("cpu", None), ("gpu", 9.0), ("tpu", None)])
+@pytest.mark.parametrize("shape", [(0, 9, 4, 16), (2, 0, 4, 16), (2, 9, 0, 16)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_in_nothing_out(target: tuple, shape: tuple[int, ...], packed: bool) -> None:
+    """Without rows, tokens or heads outputs are empty, and a state passes through as it came, on every platform."""
+    tokens, state = jnp.ones(shape, jnp.bfloat16), jnp.full((shape[0], shape[2], 16, 16), 3.0)
+    ids = jnp.ones(shape[:2], jnp.int32) if packed else None
+
+    def forward(q: jax.Array, state: jax.Array) -> tuple:
+        return lightning.lightning_attention(
+            q, q, q, jnp.ones(shape[2]), segment_ids=ids, initial_state=state, return_state=True
+        )
+
+    with dispatch.target(*target):
+        (o, leaving), pullback = jax.vjp(forward, tokens, state)
+        dq, dstate = pullback((o, leaving))
+        alone, transmission = lightning.chunk_state(tokens, tokens, jnp.ones(shape[2]), segment_ids=ids)
+    assert o.shape == dq.shape == shape
+    assert leaving.shape == dstate.shape == alone.shape == state.shape
+    if shape[1] == 0:
+        np.testing.assert_array_equal(leaving, state)
+        np.testing.assert_array_equal(dstate, state)
+        np.testing.assert_array_equal(alone, 0 * state)
+        np.testing.assert_array_equal(transmission, np.ones(transmission.shape))

@@ -282,3 +282,20 @@ def test_errors_name_what_is_wrong() -> None:
     x = jnp.zeros(SHAPE)
     with cases.annotations_unchecked(), pytest.raises(ValueError, match=r"weight \[3, 8\] for x"):
         norm_gate(x, x, jnp.zeros((24,)), EPS)
+    with cases.annotations_unchecked(), pytest.raises(ValueError, match=r"x must be \[B, T, N, H\], got \[\d+, 3, 8\]"):
+        norm_gate(x[0], x[0], jnp.zeros(SHAPE[2:]), EPS)
+    with (
+        cases.annotations_unchecked(),
+        pytest.raises(ValueError, match="gate_logits must be floating point, got int32"),
+    ):
+        norm_gate(x, x.astype(jnp.int32), jnp.zeros(SHAPE[2:]), EPS)
+
+
+def test_no_tokens() -> None:
+    """An empty batch gives an empty output and a zero gradient of the weight, on a GPU too."""
+    x = jnp.zeros((0, *SHAPE[1:]))
+    with dispatch.target("gpu", 9.0):
+        y, pullback = jax.vjp(lambda weight: norm_gate(x, x, weight, EPS), jnp.ones(SHAPE[2:]))
+        (gradient,) = pullback(y)
+    assert y.shape == x.shape
+    np.testing.assert_array_equal(gradient, np.zeros(SHAPE[2:]))
