@@ -181,7 +181,8 @@ class _Paper:
         """Values of a token in the results of a layer's projections."""
         model = self.target.config.model
         D, A, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        return self.mean_over_layers(4 * A + D, A + 2 * keys + D) / self.target.config.mesh.tensor
+        split = self.mean_over_layers(4 * A, A + 2 * keys) / self.target.config.mesh.tensor
+        return split + D  # the last one is a sum over heads, whole on every chip
 
     @cached_property
     def ffn_width(self) -> float:
