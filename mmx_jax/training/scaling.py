@@ -370,6 +370,10 @@ def main(config: RunConfig) -> int:
     plan = Plan(_STEPS.value, _DOCUMENTS.value, Path(_PROFILE.value) if _PROFILE.value else None)
     measurements: list[dict[str, Any]] = []
     try:
+        if not _AXES.value:
+            raise ConfigError(f"--axes: names at least one of {', '.join(MESH_AXES)}")
+        if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
+            raise ConfigError(f"--json {_JSON.value}: its folder does not exist")
         devices = jax.devices()[: _DEVICES.value]
         if len(devices) < max(2, _DEVICES.value or 2):
             raise ConfigError(f"--devices: scaling needs at least 2 devices; there are {len(devices)}")

@@ -28,7 +28,11 @@ def main() -> int:
     if arguments.operation == "plot":
         from pallas_kernels.bench import plot
 
-        plot.draw(arguments.files, arguments.output)
+        try:
+            plot.draw(arguments.files, arguments.output)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"plot: {type(error).__name__}: {error}", file=sys.stderr)
+            return 2
         return 0
     return _measure(arguments)
 
@@ -47,15 +51,27 @@ def _measure(arguments: argparse.Namespace) -> int:
     if not set(peers) <= set(benchmark.PEERS):
         print(f"--peers {arguments.peers}: {arguments.operation} knows {', '.join(benchmark.PEERS)}", file=sys.stderr)
         return 2
+    only = _names(arguments.only)
+    cases = [case.name for case in benchmark.CASES]
+    if strange := [part for part in only if not any(part in case for case in cases)]:
+        print(f"--only: no case of {arguments.operation} has {', '.join(strange)} in its name; there are "
+              f"{'; '.join(cases)}", file=sys.stderr)  # fmt: skip
+        return 2
     if jax.default_backend() != "gpu":
         print(f"benchmarks need a GPU; the default backend is {jax.default_backend()}", file=sys.stderr)
         return 1
+    if arguments.json:
+        try:
+            _replacement(arguments.json).touch()
+        except OSError as error:
+            print(f"--json {arguments.json}: cannot be written: {error}", file=sys.stderr)
+            return 2
     device = jax.devices()[0].device_kind
     rows: list[timing.Row] = []
     start = time.perf_counter()
     copy, matmul = ceilings.copy_gbps(), ceilings.matmul_tflops()
     print(f"{device}, jax {jax.__version__}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
-    for row in benchmark.run(peers, _names(arguments.only)):
+    for row in benchmark.run(peers, only):
         elapsed = time.perf_counter() - start
         print(f"{elapsed:.0f} s: {row.case} {row.implementation} {row.ms} ms {row.note}", file=sys.stderr, flush=True)
         rows.append(row)
@@ -75,9 +91,13 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
     """Writes after every row, so that a run that is cut short is not lost, and never half a file."""
-    beside = path.with_name(path.name + ".part")
+    beside = _replacement(path)
     beside.write_text(json.dumps(record, indent=1) + "\n")
     beside.replace(path)
+
+
+def _replacement(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -117,6 +117,25 @@ def test_operations_and_peers_are_checked(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(sys, "argv", ["bench", "decode", "--peers", "xla,jla"])
     assert __main__.main() == 2
     assert "decode knows xla, fla, fla_graph" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bench", "lightning", "--only", "R:,nosuch"])
+    assert __main__.main() == 2
+    shown = capsys.readouterr().err
+    assert "no case of lightning has nosuch in its name; there are R: " in shown
+
+
+def test_files_are_checked_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A --json that cannot be written and a file that cannot be plotted end with their name and code 2."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(ceilings, "copy_gbps", fail)
+    missing = tmp_path / "none" / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "lightning", "--json", str(missing)])
+    assert __main__.main() == 2
+    assert f"--json {missing}: cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bench", "plot", str(missing), "--output", str(tmp_path / "a.png")])
+    assert __main__.main() == 2
+    assert str(missing) in capsys.readouterr().err
 
 
 def test_command_needs_a_gpu_and_writes_json(

@@ -1,6 +1,7 @@
 """Scaling measured: the same rows and losses on one device and on several, and what the comparison says of them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from mmx_jax.config import (
     StageConfig,
 )
 from mmx_jax.config.overrides import load_config
+from mmx_jax.training import scaling
 from mmx_jax.training.random_rows import random_row
 from mmx_jax.training.scaling import Figures, Measurement, Plan, compare, line, text, widened
 
@@ -120,6 +122,22 @@ def test_the_batch_grows_with_the_axes_that_split_it() -> None:
         assert getattr(wide.mesh, axis) == 2
     with pytest.raises(ConfigError, match="no mesh axis 'pipeline'"):
         widened(config, "pipeline", 2)
+
+
+def test_flags_are_checked_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No axis to measure, and a report that could not be written after minutes of measuring."""
+    given = {"_AXES": ["fsdp"], "_DEVICES": 2, "_STEPS": 1, "_DOCUMENTS": 1, "_PROFILE": None, "_JSON": None}
+    for flag, value, message in (
+        ("_AXES", [], "--axes: names at least one of data, fsdp"),
+        ("_JSON", "no/such/folder/rows.json", "--json no/such/folder/rows.json: its folder does not exist"),
+    ):
+        for name, usual in given.items():
+            monkeypatch.setattr(scaling, name, SimpleNamespace(value=value if name == flag else usual))
+        with pytest.raises(SystemExit, match="2"):
+            scaling.main(TINY)
+        assert message in capsys.readouterr().err
 
 
 def test_options_of_the_compiler_belong_to_a_platform() -> None:
