@@ -90,13 +90,13 @@ def find_launch(
     """
     found = _find(environment, attribute)
     count = found.count if count is None else count
-    if count == 1 or (count is None and address is None and index is None):
-        return None
     index = found.index if index is None else index
     if address is None:
         address = found.address
     elif ":" not in address:
         address = f"{address}:{PORT}"
+    if count == 1 or (count is None and address is None and index is None):
+        return None
     values = {"--coordinator_address": address, "--num_processes": count, "--process_id": index}
     if missing := [name for name, value in values.items() if value is None]:
         raise LaunchError(f"{found.source} does not say {', '.join(missing)}: {_ADVICE[missing[0]]}")

@@ -100,6 +100,14 @@ def test_plain_hosts() -> None:
     ):
         with pytest.raises(LaunchError, match=words):
             find_launch({}, **given)
+    # Processes that each know their number and not how many they are must not train one by one in one folder.
+    for there, missing in (
+        (("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"), "--num_processes"),
+        (("JAX_PROCESS_ID",), "--coordinator_address, --num_processes"),
+        (("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"), "--process_id"),
+    ):
+        with pytest.raises(LaunchError, match=rf"the JAX_\* environment does not say {missing}:"):
+            find_launch({name: variables[name] for name in there})
     with pytest.raises(LaunchError, match="JAX_PROCESS_ID is 'one', which is no number"):
         find_launch(variables | {"JAX_PROCESS_ID": "one"})
 
