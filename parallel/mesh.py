@@ -20,11 +20,15 @@ def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """Fills the axis of size -1 so that the product of all sizes is `devices`.
 
     Raises:
-      MeshError: for unknown axes, or sizes whose product is not the number of devices.
+      MeshError: for unknown axes, sizes that are none, or whose product is not the number of devices.
     """
     if unknown := sorted(set(sizes) - set(AXES)):
         raise MeshError(f"unknown mesh axes {unknown}; the axes are {', '.join(AXES)}")
     full = {axis: sizes.get(axis, 1) for axis in AXES}
+    if wrong := {axis: size for axis, size in full.items() if size < 1 and size != -1}:
+        raise MeshError(f"mesh axes {wrong}: a size is at least 1, or -1 for the devices that are left")
+    if len(open_axes := [axis for axis, size in full.items() if size == -1]) > 1:
+        raise MeshError(f"mesh axes {', '.join(open_axes)}: only one may be -1")
     given = math.prod(size for size in full.values() if size != -1)
     for axis, size in full.items():
         if size == -1:

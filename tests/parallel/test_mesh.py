@@ -33,6 +33,9 @@ def test_minus_one_takes_the_devices_that_are_left():
         ({"model": 2}, "unknown mesh axes.*model.*data, fsdp, expert, sequence, tensor"),
         ({"fsdp": -1, "tensor": 3}, "'fsdp' cannot be filled: 8 devices are no multiple of 3"),
         ({"data": 4}, "needs 4 devices, there are 8"),
+        ({"data": 0, "fsdp": -1}, r"\{'data': 0\}: a size is at least 1, or -1"),
+        ({"data": -2, "fsdp": -4}, r"\{'data': -2, 'fsdp': -4\}: a size is at least 1"),
+        ({"data": -1, "fsdp": -1}, "data, fsdp: only one may be -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes, message):
