@@ -260,7 +260,7 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array | None, 
         raise ValueError(
             f"softmax_attention: without k_start and k_end T and S must agree, got {length} and {k.shape[1]}"
         )
-    for name, x in (("k_start", k_start), ("k_end", k_end)):
-        if x is not None and (x.shape != (batch, length) or not jnp.issubdtype(x.dtype, jnp.integer)):
-            given = f"{x.dtype.name}{list(x.shape)}"
+    for name, ends in (("k_start", k_start), ("k_end", k_end)):
+        if ends is not None and (ends.shape != (batch, length) or not jnp.issubdtype(ends.dtype, jnp.integer)):
+            given = f"{ends.dtype.name}{list(ends.shape)}"
             raise ValueError(f"softmax_attention: {name} must be integers [B, T] = {[batch, length]}, got {given}")

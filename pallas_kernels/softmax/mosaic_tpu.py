@@ -149,8 +149,8 @@ def backward(
 
     def of_piece(down: tuple[jax.Array, ...], piece: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         def of_member(down: tuple[jax.Array, ...], member: jax.Array) -> tuple[Any, jax.Array]:
-            dq, *down = call(piece, member, down)
-            return tuple(down), (dq * scale).astype(q.dtype)
+            dq, dk, dv = call(piece, member, down)
+            return (dk, dv), (dq * scale).astype(q.dtype)
 
         return lax.scan(of_member, down, jnp.arange(group, dtype=jnp.int32))
 

@@ -429,8 +429,8 @@ def test_tpu_kernels_compile(chip: str, queries: int, keys: int, dtype: Any) -> 
     assert text.count("tpu_custom_call") == 2
     assert "softmax_forward" in text
     assert "softmax_backward" in text
-    if keys > mosaic_tpu.LONG:  # dk and dv in fp32, and less than one of them beside
-        assert compiled.memory_analysis().temp_size_in_bytes < 3 * (4 * keys * 2 * 128)
+    if keys > mosaic_tpu.LONG:  # dk and dv in fp32, k and v as the kernels read them, and half of a sum beside
+        assert compiled.memory_analysis().temp_size_in_bytes < 3.5 * (4 * keys * 2 * 128)
 
 
 def test_tpu_refuses_what_it_cannot_run() -> None:
