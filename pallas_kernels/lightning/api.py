@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arrays import alike
+from pallas_kernels.arrays import accumulator, alike
 from pallas_kernels.lightning import chunked, reference
 from pallas_kernels.lightning.implementation import Operation
 
@@ -86,7 +86,7 @@ def lightning_attention(
     Raises:
         ValueError: shapes or dtypes disagree, or the forced implementation is unknown or cannot run this call.
     """
-    _check("lightning_attention", "BTNH", slopes, q=q, k=k, v=v)
+    slopes = _checked("lightning_attention", "BTNH", slopes, q=q, k=k, v=v)
     _check_rows("lightning_attention", q, segment_ids, initial_state=initial_state)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
     o, state = _attention(implementation, return_state, *alike(q, k, v, slopes, ids, initial_state))
@@ -115,7 +115,7 @@ def lightning_backward(
     Raises:
         ValueError: as `lightning_attention`.
     """
-    _check("lightning_backward", "BTNH", slopes, q=q, k=k, v=v, do=do)
+    slopes = _checked("lightning_backward", "BTNH", slopes, q=q, k=k, v=v, do=do)
     _check_rows("lightning_backward", q, segment_ids, initial_state=initial_state, dstate=dstate)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
     chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
@@ -150,7 +150,7 @@ def chunk_state(
     Raises:
         ValueError: as `lightning_attention`.
     """
-    _check("chunk_state", "BTNH", slopes, k=k, v=v)
+    slopes = _checked("chunk_state", "BTNH", slopes, k=k, v=v)
     _check_rows("chunk_state", k, segment_ids)
     ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
     chosen = _choose("chunk_state", k, packed=ids is not None, forced=implementation)
@@ -188,7 +188,7 @@ def decode_step(
     Raises:
         ValueError: as `lightning_attention`; also without slots when `state` has not one row for each token.
     """
-    _check("decode_step", "BNH", slopes, q=q, k=k, v=v)
+    slopes = _checked("decode_step", "BNH", slopes, q=q, k=k, v=v)
     batch = q.shape[0]
     _check_state("decode_step", "state", state, q, state.shape[0] if slots is not None and state.ndim else batch)
     if slots is not None:
@@ -297,8 +297,11 @@ def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | N
     return _module(name)
 
 
-def _check(function: str, axes: str, slopes: jax.Array, **tokens: jax.Array) -> None:
-    """Raises unless the tokens share one shape with these axes and one dtype and there is one slope for each head."""
+def _checked(function: str, axes: str, slopes: jax.Array, **tokens: jax.Array) -> jax.Array:
+    """Returns the slopes in fp32 (fp64 for fp64 tokens): kernels multiply them by ages, and round nothing in between.
+
+    Raises unless the tokens share one shape with these axes and one dtype and there is one slope for each head.
+    """
     (name, first), *others = tokens.items()
     if first.ndim != len(axes):
         raise ValueError(f"{function}: {name} must be [{', '.join(axes)}], got {list(first.shape)}")
@@ -312,6 +315,7 @@ def _check(function: str, axes: str, slopes: jax.Array, **tokens: jax.Array) -> 
             )
     if slopes.shape != first.shape[-2:-1]:
         raise ValueError(f"{function}: slopes must be [N] = [{first.shape[-2]}], got {list(slopes.shape)}")
+    return slopes.astype(accumulator(first))
 
 
 def _check_rows(function: str, q: jax.Array, segment_ids: jax.Array | None, **states: jax.Array | None) -> None:
