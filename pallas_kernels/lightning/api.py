@@ -252,14 +252,19 @@ def _attention(
 
 
 def _attention_forward(implementation: str | None, return_state: bool, *arguments: Any) -> tuple[Any, Any]:
-    return _attention(implementation, return_state, *arguments), arguments
+    q, _, _, _, ids, _ = arguments
+    chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
+    if not hasattr(chosen, "forward_saving"):
+        return _attention(implementation, return_state, *arguments), (arguments, {})
+    o, state, saved = chosen.forward_saving(*arguments)
+    return (o, state if return_state else None), (arguments, {} if saved is None else {"saved": saved})
 
 
-def _attention_backward(implementation: str | None, return_state: bool, arguments: Any, gradients: Any) -> Any:
-    q, k, v, slopes, ids, initial_state = arguments
+def _attention_backward(implementation: str | None, return_state: bool, residuals: Any, gradients: Any) -> Any:
+    (q, k, v, slopes, ids, initial_state), saved = residuals
     do, dstate = gradients
     chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
-    dq, dk, dv, dinitial = chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate)
+    dq, dk, dv, dinitial = chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate, **saved)
     return dq, dk, dv, None, None, None if initial_state is None else dinitial.astype(initial_state.dtype)
 
 

@@ -31,7 +31,11 @@ State = Float[Array, "B N H H"]
 
 
 class Implementation(Protocol):
-    """The functions by which `api.py` reaches one implementation."""
+    """The functions by which `api.py` reaches one implementation.
+
+    One may also have `forward_saving`, called like `forward` where gradients will be taken. It returns a third result,
+    an array that `backward` then receives as `saved`, or None.
+    """
 
     def supports(
         self, operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool

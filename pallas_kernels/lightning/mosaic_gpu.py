@@ -4,9 +4,10 @@ Every operation is a `scan` with the operands in other places (spec: the backwar
 
     o = scan(q, k, v),   dq = scan(do, v, k),   dk = descending scan(v, do, q),   dv = descending scan(k, q, do).
 
-Jobs may share a launch. With few heads the sequence is cut into pieces so that the multiprocessors are full: a first
-launch takes each piece's own state, and each CTA of the second one sums those of the pieces before it. Which jobs
-share, how wide a CTA is and how many pieces there are follows from the measured time of a step.
+Jobs may share a launch. With few heads the sequence is cut into pieces so that the multiprocessors are full: one
+launch gathers the states that parts of pieces leave behind, a second one sums those before each piece. The states that
+enter the forward's pieces are, transposed, those of dq; dk and dv begin with each other's. Which jobs share, how wide a
+CTA is and how many pieces there are follows from the measured time of a step.
 """
 
 import dataclasses
@@ -19,23 +20,25 @@ from jaxtyping import DTypeLike
 
 from pallas_kernels.lightning import mosaic_gpu_segments
 from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State
-from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Tuning
+from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Gather, Job, Plan, Tuning
 from pallas_kernels.lightning.mosaic_gpu_scan import scan
+from pallas_kernels.lightning.mosaic_gpu_states import enter, gather
 
 HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 160, 24), terms=2)
 WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(248, 224, 32), terms=2)
-STATE = Tuning(tile=64, stages=4, outputs=0, terms=2)
 # One term is exact enough for gradients (2e-3), not for a returned state (1.6e-3).
-HALF_ONE, WHOLE_ONE, STATE_ONE = (dataclasses.replace(tuning, terms=1) for tuning in (HALF, WHOLE, STATE))
+HALF_ONE, WHOLE_ONE = (dataclasses.replace(tuning, terms=1) for tuning in (HALF, WHOLE))
 
 MULTIPROCESSORS = 132
-# On an H100: microseconds of a step of a CTA where memory does not limit it, of a launch, of adding a piece's state;
-# bytes that a microsecond moves, by columns a CTA (two of 64 columns read a and b twice, once of it from the cache).
-STEP = {HALF: 1.25, HALF_ONE: 1.2, WHOLE: 1.95, WHOLE_ONE: 1.7, STATE: 0.86, STATE_ONE: 0.8}
-LAUNCH = 4.0
-ADD_PIECE = 1.0
-BANDWIDTH = {64: 2.75e6, 128: 2.95e6}
+# On an H100: microseconds of a step of a CTA where memory does not limit it, of a launch; bytes that a microsecond
+# moves, by columns a CTA (two of 64 columns read a and b twice, once of it from the cache).
+STEP = {HALF: 1.25, HALF_ONE: 1.0, WHOLE: 1.95, WHOLE_ONE: 1.7}
+LAUNCH = 2.5
+BANDWIDTH = {64: 2.8e6, 128: 2.95e6}
+# A step of a CTA that gathers states, with so many products of the matrix units for each warpgroup.
+GATHER_STEP = {1: 0.7, 2: 1.05, 4: 2.0}
 MOST_PIECES = 16
+MOST_PARTS = 4
 
 # Positions of q, k, v, do among the operands.
 _Q, _K, _V, _DO = range(4)
@@ -43,8 +46,8 @@ FORWARD = Job(_Q, _K, _V)
 DQ = Job(_DO, _V, _K)
 DK = Job(_V, _DO, _Q, descending=True)
 DV = Job(_K, _Q, _DO, descending=True)
-# The state of the first is that of the second, the other way round.
-MIRROR = (DV, DK)
+FORWARDS: list[list[tuple[Job, ...]]] = [[(FORWARD,)]]
+BACKWARDS: list[list[tuple[Job, ...]]] = [[(DK, DV, DQ)], [(DK, DV), (DQ,)]]
 
 
 def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTypeLike, *, packed: bool) -> str | None:
@@ -71,10 +74,32 @@ def forward(
     initial_state: State | None,
 ) -> tuple[Heads, State]:
     """Runs lightning attention; see `implementation.Implementation`."""
+    o, state, _ = forward_saving(q, k, v, slopes, segment_ids, initial_state)
+    return o, state
+
+
+def forward_saving(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    slopes: Slopes,
+    segment_ids: SegmentIds | None,
+    initial_state: State | None,
+) -> tuple[Heads, State, jax.Array | None]:
+    """Runs lightning attention and returns also what spares `backward` a launch, if anything; see `Implementation`."""
     initial = {} if initial_state is None else {FORWARD: _transposed(initial_state)}
-    results = _run([[(FORWARD,)]], [HALF, WHOLE], [q, k, v], slopes, segment_ids, initial)
+    batch, length, heads, _ = q.shape
+    rows, chunks = batch * heads, -(-length // HALF.chunk)
+    (plan,) = _plans(FORWARDS, [HALF, WHOLE], rows, chunks)
+    results, entering = _run([plan], [q, k, v], slopes, segment_ids, initial)
     o, state = results[FORWARD]
-    return o, _transposed(state)
+    backwards = _plans(BACKWARDS, _gradient_tunings(initial_state), rows, chunks, known=plan.pieces)
+    useful = any(other.jobs == (DQ,) and 1 < other.pieces == plan.pieces for other in backwards)
+    return o, _transposed(state), _transposed(entering) if useful and entering is not None else None
+
+
+def _gradient_tunings(initial_state: State | None) -> list[Tuning]:
+    return [HALF_ONE, WHOLE_ONE] if initial_state is None else [HALF, WHOLE]
 
 
 def backward(
@@ -86,15 +111,18 @@ def backward(
     initial_state: State | None,
     do: Heads,
     dstate: State | None,
+    saved: jax.Array | None = None,
 ) -> tuple[Heads, Heads, Heads, State]:
     """Runs the gradients of lightning attention; see `implementation.Implementation`."""
     # A job's state is indexed (c dim, b dim): that of dq (key, value), of dk (key, value), of dv (value, key).
     initial = {} if initial_state is None else {DQ: initial_state}
     if dstate is not None:
         initial |= {DK: dstate, DV: _transposed(dstate)}
-    groupings: list[list[tuple[Job, ...]]] = [[(DK, DV, DQ)], [(DK, DV), (DQ,)]]
-    tunings = [HALF_ONE, WHOLE_ONE] if initial_state is None else [HALF, WHOLE]
-    results = _run(groupings, tunings, [q, k, v, do], slopes, segment_ids, initial)
+    batch, length, heads, _ = q.shape
+    known = 0 if saved is None else saved.shape[3]
+    tunings = _gradient_tunings(initial_state)
+    plans = _plans(BACKWARDS, tunings, batch * heads, -(-length // HALF.chunk), known=known)
+    results, _ = _run(plans, [q, k, v, do], slopes, segment_ids, initial, saved)
     return results[DQ][0], results[DK][0], results[DV][0], results[DK][1]
 
 
@@ -103,16 +131,18 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
     # Indexed (c dim, b dim), the state of b = v and c = k needs no transpose.
     job = Job(0, 1, 0, descending=reverse)
     batch, length, heads, _ = k.shape
-    chunks = -(-length // STATE.chunk)
-    pieces = min(range(1, MOST_PIECES + 1), key=lambda p: _cost(Plan((job,), p, STATE), batch * heads, chunks))
-    operands, description = _prepare([k, v], segment_ids, STATE)
-    _, (states,) = scan(Plan((job,), pieces, STATE), operands, slopes, length=length, description=description)
+    chunks = -(-length // HALF.chunk)
+    options = [Gather((job,), pieces, skip_last=False) for pieces in range(1, MOST_PIECES + 1)]
+    plan = min(options, key=lambda option: _gather_cost(option, batch * heads, chunks) + option.pieces)
+    pieces = plan.pieces
+    operands, description = _prepare([k, v], segment_ids)
+    (states,) = gather(plan, operands, slopes, length=length, description=description)
     per_piece = -(-chunks // pieces)
     total = jnp.zeros_like(states[:, :, 0])
     for piece in reversed(range(pieces)) if reverse else range(pieces):
         first, end = piece * per_piece, min((piece + 1) * per_piece, chunks)
         if description is None:
-            age, crosses = jnp.full((batch,), min(end * STATE.chunk, length) - first * STATE.chunk), jnp.bool_(True)
+            age, crosses = jnp.full((batch,), min(end * HALF.chunk, length) - first * HALF.chunk), jnp.bool_(True)
         else:
             age, crosses = mosaic_gpu_segments.crossing(description, first, end, reverse)
         kept = jnp.exp(-slopes * age[:, None].astype(jnp.float32)) * crosses[..., None].astype(jnp.float32)
@@ -124,93 +154,122 @@ def _transposed(state: jax.Array) -> jax.Array:
     return jnp.swapaxes(state, -1, -2)
 
 
-def _prepare(
-    operands: list[jax.Array], segment_ids: SegmentIds | None, tuning: Tuning
-) -> tuple[list[jax.Array], jax.Array | None]:
+def _prepare(operands: list[jax.Array], segment_ids: SegmentIds | None) -> tuple[list[jax.Array], jax.Array | None]:
     """Pads to the 8 tokens that a shared-memory tile needs, and describes the segments."""
     padding = -operands[0].shape[1] % 8
     if padding:
         operands = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in operands]
-    description = None if segment_ids is None else mosaic_gpu_segments.describe(segment_ids, tuning.chunk)
+    description = None if segment_ids is None else mosaic_gpu_segments.describe(segment_ids, HALF.chunk)
     return operands, description
 
 
-def _cost(plan: Plan, rows: int, chunks: int) -> float:
-    """Estimates the microseconds of a plan over `rows` heads of all sequences, its state launch included."""
+def _cost(plan: Plan, rows: int, chunks: int, known: int = 0) -> float:
+    """Estimates the microseconds of a plan over `rows` heads of all sequences, that of its entering states included.
+
+    The states that enter `known` pieces of dq are at hand.
+    """
     steps = -(-chunks // plan.pieces)
     if steps * (plan.pieces - 1) >= chunks:
         return float("inf")  # a piece would be empty
     ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
-    if plan.tuning.outputs and len(plan.jobs) > 2 and ctas > MULTIPROCESSORS:
-        return float("inf")  # the jobs of a head drift apart and read the same operands from memory again
+    if len(plan.jobs) > 2 and (plan.pieces > 1 or ctas > MULTIPROCESSORS):
+        return float("inf")  # cut they need states of both ways; too many drift apart and read operands again
+    if len(plan.jobs) == 2 and plan.tuning.tile < HEAD_DIM:
+        return float("inf")  # four CTAs read what two could: at R 0.402 ms instead of 0.282
     busy = -(-ctas // MULTIPROCESSORS) * steps * STEP[plan.tuning]
-    moved = _tensors(plan) * rows * chunks * plan.tuning.chunk * HEAD_DIM * 2 / BANDWIDTH[plan.tuning.tile]
-    time = max(busy, moved) + LAUNCH + ADD_PIECE * (plan.pieces - 1)
-    if plan.pieces > 1 and plan.tuning.outputs:
-        states = _states_only(plan)
-        time += _cost(states, rows, chunks) + LAUNCH * (len(states.jobs) < len(plan.jobs))
-    return time
+    # Jobs that walk the other way are elsewhere in the sequence: they find little of what the others read in the cache.
+    read = {(x, job.descending) for job in plan.jobs for x in (job.a, job.b, job.c)}
+    tensors = len(read) + len(plan.jobs)
+    moved = tensors * rows * chunks * plan.chunk * HEAD_DIM * 2 / BANDWIDTH[plan.tuning.tile]
+    time = _both(busy, moved) + LAUNCH
+    if plan.pieces == 1:
+        return time
+    states = rows * HEAD_DIM**2 * 4 / BANDWIDTH[HEAD_DIM]
+    if plan.jobs == (DQ,) and plan.pieces == known:
+        # Transposed by the forward, read here.
+        return time + LAUNCH + 3 * plan.pieces * states
+    launch = _gather_plan(plan, rows, chunks)
+    # Those of the parts are written and read, then those that enter the pieces.
+    count = 2 * launch.orientations * ((plan.pieces - 1) * launch.split + plan.pieces)
+    return time + LAUNCH + count * states + _gather_cost(launch, rows, chunks)
 
 
-def _tensors(plan: Plan) -> int:
-    """How many arrays a launch reads or writes whole."""
-    outputs = len(plan.jobs) if plan.tuning.outputs else 0
-    read = {x for job in plan.jobs for x in ((job.a, job.b, job.c) if outputs else (job.b, job.c))}
-    return len(read) + outputs
+def _both(busy: float, moved: float) -> float:
+    """The time of two things that go on together: about the longer one's, more where they are near."""
+    return (busy**8 + moved**8) ** (1 / 8)
 
 
-def _states_only(plan: Plan) -> Plan:
-    """The launch that takes the states which the pieces of a plan leave behind, without those that mirror another."""
-    mirror, of = MIRROR
-    jobs = tuple(job for job in plan.jobs if job != mirror or of not in plan.jobs)
-    return Plan(jobs, plan.pieces, STATE if plan.tuning.terms == 2 else STATE_ONE)
+def _gather_cost(plan: Gather, rows: int, chunks: int) -> float:
+    """Estimates the microseconds of gathering states."""
+    per_piece = -(-chunks // plan.pieces)
+    steps = -(-per_piece // plan.split)
+    if per_piece * (plan.pieces - 1) + steps * (plan.split - 1) >= chunks or steps * (plan.split - 1) >= per_piece:
+        return float("inf")  # a part would be empty
+    ctas = rows * (plan.pieces - plan.skip_last) * plan.split
+    busy = -(-ctas // MULTIPROCESSORS) * steps * GATHER_STEP[plan.orientations * plan.terms]
+    moved = 2 * ctas * steps * plan.chunk * HEAD_DIM * 2 / BANDWIDTH[HEAD_DIM]
+    return _both(busy, moved) + LAUNCH
+
+
+def _gather_plan(plan: Plan, rows: int, chunks: int) -> Gather:
+    """The launch that gathers the states before the pieces of a plan."""
+    job, orientations, terms = plan.jobs[0], 1 + (DV in plan.jobs), plan.tuning.terms
+    options = (Gather((job,), plan.pieces, n + 1, orientations, terms=terms) for n in range(MOST_PARTS))
+    return min(options, key=lambda option: _gather_cost(option, rows, chunks))
 
 
 def _plans(
-    groupings: Sequence[Sequence[tuple[Job, ...]]], tunings: Sequence[Tuning], rows: int, chunks: int
+    groupings: Sequence[Sequence[tuple[Job, ...]]],
+    tunings: Sequence[Tuning],
+    rows: int,
+    chunks: int,
+    known: int = 0,
 ) -> list[Plan]:
     """Chooses the launches that are estimated to take the shortest time, among the ways to group the jobs."""
 
+    def cost(plan: Plan) -> float:
+        return _cost(plan, rows, chunks, known)
+
     def best(jobs: tuple[Job, ...]) -> Plan:
         options = itertools.product(range(1, MOST_PIECES + 1), tunings)
-        return min((Plan(jobs, pieces, tuning) for pieces, tuning in options), key=lambda p: _cost(p, rows, chunks))
+        return min((Plan(jobs, pieces, tuning) for pieces, tuning in options), key=cost)
 
     choices = [[best(jobs) for jobs in grouping] for grouping in groupings]
-    return min(choices, key=lambda plans: sum(_cost(plan, rows, chunks) for plan in plans))
+    return min(choices, key=lambda plans: sum(map(cost, plans)))
 
 
 def _run(
-    groupings: Sequence[Sequence[tuple[Job, ...]]],
-    tunings: Sequence[Tuning],
+    plans: Sequence[Plan],
     operands: list[Heads],
     slopes: Slopes,
     segment_ids: SegmentIds | None,
     initial: dict[Job, jax.Array],
-) -> dict[Job, tuple[Heads, State]]:
-    """Runs jobs over whole sequences; returns each one's output and the state it ends with, (c dim, b dim)."""
+    saved: jax.Array | None = None,
+) -> tuple[dict[Job, tuple[Heads, State]], jax.Array | None]:
+    """Runs jobs over whole sequences.
+
+    Returns each job's output and the state it ends with, (c dim, b dim), and the states that enter the pieces of the
+    last plan. `saved` are those of dq.
+    """
     batch, length, heads, dim = operands[0].shape
-    operands, description = _prepare(operands, segment_ids, HALF)
+    operands, description = _prepare(operands, segment_ids)
+    rows, chunks = batch * heads, -(-length // HALF.chunk)
     results = {}
-    for plan in _plans(groupings, tunings, batch * heads, -(-length // HALF.chunk)):
-        piece_states = None
-        if plan.pieces > 1:
-            states_only = _states_only(plan)
-            _, found = scan(states_only, operands, slopes, length=length, description=description)
-            by_job = dict(zip(states_only.jobs, found, strict=True))
-            piece_states = jnp.stack([by_job[j] if j in by_job else _transposed(by_job[MIRROR[1]]) for j in plan.jobs])
+    entering = None
+    for plan in plans:
+        launch = _gather_plan(plan, rows, chunks)
         start = None
         if any(job in initial for job in plan.jobs):
             zeros = jnp.zeros((batch, heads, dim, dim), jnp.float32)
             start = jnp.stack([initial.get(job, zeros) for job in plan.jobs])
-        outs, states = scan(
-            plan,
-            operands,
-            slopes,
-            length=length,
-            description=description,
-            initial=start,
-            piece_states=piece_states,
-        )
-        for job, out, state in zip(plan.jobs, outs, states):
-            results[job] = (out[:, :length], state)
-    return results
+        if plan.pieces == 1:
+            entering = None if start is None else start[:, :, :, None]
+        elif plan.jobs == (DQ,) and saved is not None and saved.shape[3] == plan.pieces:
+            entering = saved
+        else:
+            states = gather(launch, operands, slopes, length=length, description=description)
+            entering = enter(launch, plan.jobs, states, slopes, length=length, description=description, initial=start)
+        outs, ends = scan(plan, operands, slopes, length=length, description=description, entering=entering)
+        for job, out, end in zip(plan.jobs, outs, ends, strict=True):
+            results[job] = (out[:, :length], end)
+    return results, entering

@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Plan, Shape
-from pallas_kernels.lightning.mosaic_gpu_segments import AGES, FACTS, Fact
+from pallas_kernels.lightning.mosaic_gpu_plan import Gather, Plan, Shape
+from pallas_kernels.lightning.mosaic_gpu_segments import AGES, Fact
 
 LOG2E = math.log2(math.e)
 TILE = plgpu.Layout.WGMMA
@@ -24,7 +24,7 @@ class Cta:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | Gather,
         shape: Shape,
         *,
         operands: list[Any],
@@ -34,73 +34,33 @@ class Cta:
         states: Any,
         smem: dict[str, Any],
     ) -> None:
-        self.plan, self.tuning, self.shape = plan, plan.tuning, shape
+        self.plan, self.shape, self.chunk = plan, shape, plan.chunk
         self.operands, self.given, self.outputs, self.states, self.smem = operands, given, outputs, states, smem
         rest = lax.axis_index("cta")
         rest, self.tile = lax.div(rest, shape.tiles), lax.rem(rest, shape.tiles)
         rest, self.job = lax.div(rest, len(plan.jobs)), lax.rem(rest, len(plan.jobs))
         rest, self.head = lax.div(rest, shape.heads), lax.rem(rest, shape.heads)
-        self.row, self.piece = lax.div(rest, plan.pieces), lax.rem(rest, plan.pieces)
-        self.first = self.piece * shape.per_piece
+        self.row, self.part = lax.div(rest, shape.ctas), lax.rem(rest, shape.ctas)
+        descending = [self.job == i for i, job in enumerate(plan.jobs) if job.descending]
+        self.sign = jnp.where(functools.reduce(jnp.logical_or, descending, jnp.bool_(False)), -1, 1)
+        self.piece = lax.div(self.part, shape.split) + jnp.where(self.sign > 0, 0, shape.skipped)
+        self.first, end = self.chunks_of(self.piece, lax.rem(self.part, shape.split))
         # Kept from the compiler: were it known to be 1, as for 64 tokens, layout inference would find no solution.
-        self.steps = lax.optimization_barrier(jnp.minimum(shape.per_piece, shape.chunks - self.first))
+        self.steps = lax.optimization_barrier(end - self.first)
         self.rate = slopes[self.head] * LOG2E
         self.packed = "description" in given
         # Whether a last chunk is shorter than the others and nothing else tells it from them.
-        self.ragged = not self.packed and shape.length % self.tuning.chunk > 0
-        descending = [self.job == i for i, job in enumerate(plan.jobs) if job.descending]
-        self.sign = jnp.where(functools.reduce(jnp.logical_or, descending, jnp.bool_(False)), -1, 1)
-        # Parts of the state that one wgmma can make: 64 columns of c each.
-        self.parts = range(self.tuning.tile // 64)
+        self.ragged = not self.packed and shape.length % self.chunk > 0
+
+    def chunks_of(self, piece: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First chunk of a part of a piece, and the one after its last."""
+        shape = self.shape
+        first = piece * shape.per_piece + part * shape.per_part
+        return first, jnp.minimum(first + shape.per_part, jnp.minimum((piece + 1) * shape.per_piece, shape.chunks))
 
     def chunk_at(self, step: jax.Array) -> jax.Array:
         """Index of the chunk handled in a step of this scan."""
         return self.first + jnp.where(self.sign > 0, step, self.steps - 1 - step)
-
-    # States in device memory
-
-    def place(self, part: int, *piece: jax.Array) -> tuple[Any, ...]:
-        """Where a part of this CTA's state lies in an array of states."""
-        return (self.job, self.row, self.head, *piece, pl.ds(self.tile * self.tuning.tile + 64 * part, 64))
-
-    def store_state(self, state: tuple[jax.Array, ...], *piece: jax.Array) -> None:
-        for part in self.parts:
-            self.states.at[self.place(part, *piece)][...] = state[part]
-
-    def entering_state(self) -> tuple[jax.Array, ...]:
-        """The state entering this CTA's piece: the initial one, then what the pieces before it leave, decayed."""
-
-        def read(ref: Any, part: int, *piece: jax.Array) -> jax.Array:
-            return plgpu.load(ref.at[self.place(part, *piece)], layout=TILE, optimized=False)
-
-        if "initial" in self.given:
-            start = tuple(read(self.given["initial"], part) for part in self.parts)
-        else:
-            start = tuple(plgpu.layout_cast(jnp.zeros((64, HEAD_DIM), jnp.float32), TILE) for _ in self.parts)
-        if "piece_states" not in self.given:
-            return start
-        before = jnp.where(self.sign > 0, self.piece, self.plan.pieces - 1 - self.piece)
-
-        def add(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            piece = jnp.where(self.sign > 0, i, self.plan.pieces - 1 - i)
-            kept = self.transmission(piece)
-            return tuple(state[part] * kept + read(self.given["piece_states"], part, piece) for part in self.parts)
-
-        return lax.fori_loop(0, before, add, start)
-
-    def transmission(self, piece: jax.Array) -> jax.Array:
-        """What remains of a state that crosses a piece."""
-        first = piece * self.shape.per_piece
-        end = jnp.minimum(first + self.shape.per_piece, self.shape.chunks)
-        if not self.packed:
-            c = self.tuning.chunk
-            return self.power(jnp.minimum(end * c, self.shape.length) - first * c)
-        facts = self.given["description"].at[self.row, :, pl.ds(self.tuning.chunk, FACTS)]
-        age = facts[end - 1, Fact.AGE_AFTER] - facts[first, Fact.AGE_BEFORE]
-        ascending = facts[end - 1, Fact.LEAVE_ASCENDING] == facts[first, Fact.ENTER_ASCENDING]
-        descending = facts[first, Fact.LEAVE_DESCENDING] == facts[end - 1, Fact.ENTER_DESCENDING]
-        same = jnp.where(self.sign > 0, ascending.astype(jnp.int32), descending.astype(jnp.int32))
-        return self.power(age) * same.astype(jnp.float32)
 
     # Decay factors
 
@@ -110,7 +70,7 @@ class Cta:
 
     def decay_tile(self) -> jax.Array:
         """M [C, C] of a chunk inside one segment."""
-        shape = (self.tuning.chunk, self.tuning.chunk)
+        shape = (self.chunk, self.chunk)
         i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
         j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
         age = (i - j) * self.sign
@@ -118,7 +78,7 @@ class Cta:
 
     def decay_tile_of(self, step: jax.Array, slot: jax.Array) -> jax.Array:
         """M [C, C] of the packed chunk in a slot."""
-        shape = (self.tuning.chunk, self.tuning.chunk)
+        shape = (self.chunk, self.chunk)
 
         def spread(x: jax.Array, axis: int) -> jax.Array:
             return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), TILE)
@@ -131,6 +91,16 @@ class Cta:
         seen = (age >= 0) & (age < AGES // 2) & (queries >= AGES)
         return plgpu.layout_cast(jnp.where(seen, self.power(jnp.where(seen, age, 0)), 0.0), TILE)
 
+    def factors(
+        self, step: jax.Array, slot: jax.Array, whole: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What `leaving` says of the chunk of a step, in a slot; `whole` is that of whole chunks of one segment."""
+        if whole is None:
+            return self.leaving(self.tokens(step))
+        if not self.packed:
+            return whole
+        return lax.cond(self.plain(slot), lambda: whole, lambda: self.leaving_packed(slot))
+
     def entering(self, tokens: jax.Array | int) -> jax.Array:
         """Weight [C] with which each row of out sees the state entering a chunk of so many tokens of one segment."""
         return self.weights(self.sign, tokens)
@@ -141,7 +111,7 @@ class Cta:
 
     def weights(self, sign: jax.Array, tokens: jax.Array | int) -> jax.Array:
         """lambda to each row's distance from before the chunk (sign 1) or from its end (-1)."""
-        i = plgpu.broadcasted_iota(jnp.int32, (self.tuning.chunk,), 0, layout=ROWS)
+        i = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=ROWS)
         return self.power(jnp.maximum(i * sign + jnp.where(sign > 0, 1, tokens - 1), 0))
 
     def entering_packed(self, slot: jax.Array) -> jax.Array:
@@ -166,12 +136,12 @@ class Cta:
 
     def tokens(self, step: jax.Array) -> jax.Array:
         """Tokens in the chunk of a step, fewer than C in a ragged last chunk."""
-        c = self.tuning.chunk
+        c = self.chunk
         return jnp.minimum(self.shape.length - self.chunk_at(step) * c, c)
 
     def entries(self, description: Any, layout: Any) -> jax.Array:
         """What a packed chunk's description says of its tokens, [C]."""
-        return plgpu.load(description.at[pl.ds(0, self.tuning.chunk)], layout=layout, optimized=False)
+        return plgpu.load(description.at[pl.ds(0, self.chunk)], layout=layout, optimized=False)
 
     def plain(self, slot: jax.Array) -> jax.Array:
         """Whether a packed chunk and the states at its ends belong to one segment."""
@@ -182,7 +152,7 @@ class Cta:
         return self.fact(slot, Fact.AGE_AFTER) - self.fact(slot, Fact.AGE_BEFORE)
 
     def fact(self, slot: jax.Array, fact: Fact) -> jax.Array:
-        return self.smem["description"][slot, self.tuning.chunk + fact]
+        return self.smem["description"][slot, self.chunk + fact]
 
     def by_direction(self, slot: jax.Array, ascending: Fact, descending: Fact) -> jax.Array:
         return jnp.where(self.sign > 0, self.fact(slot, ascending), self.fact(slot, descending))

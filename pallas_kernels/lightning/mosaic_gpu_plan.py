@@ -27,7 +27,7 @@ class Tuning:
     Attributes:
         tile: columns of c (and of the state) per CTA, 64 or 128.
         stages: chunks in flight; even when there are two output warpgroups, so that each sees every phase it waits for.
-        outputs: output warpgroups, 1 or 2; 0 for a launch that only wants states.
+        outputs: output warpgroups, 1 or 2.
         registers: per thread of (state, output, loader) warpgroups, multiples of 8.
         terms: bf16 terms that carry the decayed c into the state: 1, or 2 to keep what rounding the first one lost.
         chunk: tokens per step, the 64 rows of one wgmma.
@@ -46,7 +46,7 @@ class Tuning:
         launched = REGISTERS // (THREADS * warpgroups) // 8 * 8 * warpgroups
         state, output, loader = self.registers
         wanted = state + output * self.outputs + loader
-        if self.outputs and wanted > launched:
+        if wanted > launched:
             raise ValueError(
                 f"registers {self.registers} of {warpgroups} warpgroups are {wanted}, more than {launched}"
             )
@@ -64,10 +64,48 @@ class Plan:
     def warpgroups(self) -> int:
         return 2 + self.tuning.outputs
 
+    @property
+    def chunk(self) -> int:
+        return self.tuning.chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """A launch that takes the states which pieces leave behind.
+
+    Attributes:
+        jobs: scans whose states are taken.
+        pieces: how many every sequence is cut into.
+        split: parts of a piece that have CTAs, and states, of their own.
+        orientations: 2 to take each state transposed, too.
+        skip_last: leave out the last piece of each scan, whose state no other piece begins with.
+        terms, chunk: as in `Tuning`.
+    """
+
+    jobs: tuple[Job, ...]
+    pieces: int
+    split: int = 1
+    orientations: int = 1
+    skip_last: bool = True
+    terms: int = 2
+    chunk: int = 64
+
+    registers = (232, 40)
+    """Of the warpgroups that add up, and of the loader."""
+
+    @property
+    def stages(self) -> int:
+        """Chunks in flight: what the weighted columns leave of the shared memory."""
+        return 3 if self.orientations * self.terms > 2 else 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a launch: of the arrays, and how the work is cut."""
+    """Sizes of a launch: of the arrays, and how the work is cut.
+
+    A piece has `per_piece` chunks, in `split` parts of `per_part`. Of each scan, `ctas` parts in a row have CTAs, from
+    the piece after the first `skipped` ones in descending scans.
+    """
 
     batch: int
     length: int
@@ -75,3 +113,10 @@ class Shape:
     tiles: int
     chunks: int
     per_piece: int
+    ctas: int
+    split: int = 1
+    skipped: int = 0
+
+    @property
+    def per_part(self) -> int:
+        return -(-self.per_piece // self.split)

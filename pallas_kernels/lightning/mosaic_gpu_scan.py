@@ -35,8 +35,7 @@ def scan(
     *,
     length: int,
     description: jax.Array | None = None,
-    initial: jax.Array | None = None,
-    piece_states: jax.Array | None = None,
+    entering: jax.Array | None = None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Runs the jobs of a plan in one launch.
 
@@ -46,13 +45,11 @@ def scan(
         slopes: [N] fp32; one token decays a state by exp(-slope).
         length: tokens that count; those past it are zeros.
         description: what `mosaic_gpu_segments.describe` says of packed rows; None when all tokens are of one segment.
-        initial: [J, B, N, 128, 128] fp32 state entering each job's scan, indexed (c dim, b dim); None for zeros.
-        piece_states: [J, B, N, P, 128, 128] fp32, the state that each piece leaves behind on its own, as a launch
-            without output warpgroups returns it; needed by a launch with output warpgroups and several pieces.
+        entering: [J, B, N, P, 128, 128] fp32 state entering each piece of each job's scan, indexed (c dim, b dim); None
+            for zeros.
 
     Returns:
-        One [B, T, N, 128] array per job (none without output warpgroups), and the fp32 states: [J, B, N, 128, 128]
-        after each job's scan, or without output warpgroups those that the pieces leave, laid out like `piece_states`.
+        One [B, T, N, 128] array per job, and the fp32 states [J, B, N, 128, 128] after each job's scan.
 
     Raises:
         ValueError: some piece would be empty.
@@ -60,14 +57,13 @@ def scan(
     batch, _, heads, dim = operands[0].shape
     tuning = plan.tuning
     chunks = -(-length // tuning.chunk)
-    shape = Shape(batch, length, heads, dim // tuning.tile, chunks, -(-chunks // plan.pieces))
+    shape = Shape(batch, length, heads, dim // tuning.tile, chunks, -(-chunks // plan.pieces), plan.pieces)
     if shape.per_piece * (plan.pieces - 1) >= chunks:
         raise ValueError(f"{chunks} chunks cannot be cut into {plan.pieces} pieces of {shape.per_piece}")
     jobs = len(plan.jobs)
-    outputs = [jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype)] * (jobs if tuning.outputs else 0)
-    pieces = () if tuning.outputs else (plan.pieces,)
-    states = jax.ShapeDtypeStruct((jobs, batch, heads, *pieces, dim, dim), jnp.float32)
-    optional = {"description": description, "initial": initial, "piece_states": piece_states}
+    outputs = [jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype)] * jobs
+    states = jax.ShapeDtypeStruct((jobs, batch, heads, dim, dim), jnp.float32)
+    optional = {"description": description, "entering": entering}
     given = {name: array for name, array in optional.items() if array is not None}
 
     def lightning_scan(*refs: Any, **scratch: Any) -> None:
@@ -107,25 +103,21 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
     def tiles(*shape: int) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    copies = 2 + (tuning.outputs > 0) + packed
     scratch = {
+        "a": tiles(stages, c, HEAD_DIM),
         "b": tiles(stages, c, HEAD_DIM),
         "c": tiles(stages, c, tile),
         "decayed": tiles(tuning.terms, c, tile),
-        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=2 if tuning.outputs else 1, num_barriers=stages),
+        "state": tiles(2, tile, HEAD_DIM),
+        "scores": tiles(tuning.outputs, c, c),
+        "full": plgpu.Barrier(num_arrivals=3 + packed, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "state_ready": plgpu.Barrier(num_barriers=2),
+        "state_free": plgpu.Barrier(num_barriers=2),
         "done": plgpu.Barrier(num_arrivals=plan.warpgroups),
     }
-    if tuning.outputs:
-        scratch |= {
-            "a": tiles(stages, c, HEAD_DIM),
-            "state": tiles(2, tile, HEAD_DIM),
-            "scores": tiles(tuning.outputs, c, c),
-            "state_ready": plgpu.Barrier(num_barriers=2),
-            "state_free": plgpu.Barrier(num_barriers=2),
-        }
-        if tile != c:  # of one size, the scores' buffer serves the output too
-            scratch["out"] = tiles(tuning.outputs, c, tile)
+    if tile != c:  # of one size, the scores' buffer serves the output too
+        scratch["out"] = tiles(tuning.outputs, c, tile)
     if packed:
         scratch["description"] = plgpu.SMEM((stages, c + FACTS), jnp.int32)
     return scratch
@@ -134,25 +126,49 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
 class _Warpgroups(Cta):
     """The body of one CTA: a method for each role."""
 
+    def __init__(self, plan: Plan, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(plan, *arguments, **keywords)
+        self.tuning = plan.tuning
+        # Parts of the state that one wgmma can make: 64 columns of c each.
+        self.parts = range(self.tuning.tile // 64)
+
     def run(self) -> None:
         """Gives every warpgroup its role."""
         warpgroup = lax.axis_index("warpgroup")
-        outputs = self.tuning.outputs
         state, output, loader = self.tuning.registers
+        turns = range(self.tuning.outputs)
         roles: list[Any] = [(self.advance_state, state, "increase")]
-        roles += [(functools.partial(self.write_output, turn), output, "increase") for turn in range(outputs)]
+        roles += [(functools.partial(self.write_output, turn), output, "increase") for turn in turns]
         roles += [(self.load, loader, "decrease")]
         for i, (role, registers, action) in enumerate(roles):
 
             @pl.when(warpgroup == i)
             def _(role: Any = role, registers: int = registers, action: Any = action) -> None:
-                if outputs:
-                    plgpu.set_max_registers(registers, action=action)
+                plgpu.set_max_registers(registers, action=action)
                 role()
 
         # A warpgroup that exits while another issues wgmma faults, so all leave together.
         plgpu.barrier_arrive(self.smem["done"])
         plgpu.barrier_wait(self.smem["done"])
+
+    # States in device memory
+
+    def place(self, part: int, *piece: jax.Array) -> tuple[Any, ...]:
+        """Where a part of this CTA's state lies, in its head's states."""
+        return (self.row, self.head, *piece, pl.ds(self.tile * self.tuning.tile + 64 * part, 64))
+
+    def store_state(self, state: tuple[jax.Array, ...]) -> None:
+        for part in self.parts:
+            self.states.at[(self.job, *self.place(part))][...] = state[part]
+
+    def entering_state(self) -> tuple[jax.Array, ...]:
+        """The state entering this CTA's piece."""
+        if "entering" not in self.given:
+            return tuple(plgpu.layout_cast(jnp.zeros((64, HEAD_DIM), jnp.float32), TILE) for _ in self.parts)
+        places = [self.given["entering"].at[(self.job, *self.place(part, self.piece))] for part in self.parts]
+        return tuple(plgpu.load(place, layout=TILE, optimized=False) for place in places)
+
+    # Roles
 
     def load(self) -> None:
         """Streams the chunks of a, b and c."""
@@ -176,8 +192,7 @@ class _Warpgroups(Cta):
                 def _(job: Job = job) -> None:
                     a_ref, b_ref, c_ref = (self.operands[x] for x in (job.a, job.b, job.c))
                     plgpu.copy_gmem_to_smem(b_ref.at[self.row, rows, self.head], smem["b"].at[slot], full)
-                    if self.tuning.outputs:
-                        plgpu.copy_gmem_to_smem(a_ref.at[self.row, rows, self.head], smem["a"].at[slot], full)
+                    plgpu.copy_gmem_to_smem(a_ref.at[self.row, rows, self.head], smem["a"].at[slot], full)
                     plgpu.copy_gmem_to_smem(c_ref.at[self.row, rows, self.head, columns], smem["c"].at[slot], full)
 
             if self.packed:
@@ -192,49 +207,34 @@ class _Warpgroups(Cta):
         stages, smem = self.tuning.stages, self.smem
         whole = None if self.ragged else self.leaving(self.tuning.chunk)
 
-        def factors(step: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-            if whole is None:
-                return self.leaving(self.tokens(step))
-            if not self.packed:
-                return whole
-            return lax.cond(self.plain(slot), lambda: whole, lambda: self.leaving_packed(slot))
-
         def body(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(step, stages)
             plgpu.barrier_wait(smem["full"].at[slot])
-            weights, kept = factors(step, slot)
+            weights, kept = self.factors(step, slot, whole)
             advanced = []
             for part in self.parts:
                 added = self.chunk_part(slot, part, weights)
                 if part == self.parts[-1]:
                     plgpu.barrier_arrive(smem["empty"].at[slot])
                 advanced.append(state[part] * kept + added)
-                if self.tuning.outputs:
-                    # Between the parts: it keeps this sum before the next product, whose registers it would take.
-                    following = functools.partial(self.publish, step + 1, part, advanced[part])
-                    pl.when(step + 1 < self.steps)(following)
+                # Between the parts: it keeps this sum before the next product, whose registers it would take.
+                following = functools.partial(self.publish, step + 1, part, advanced[part])
+                pl.when(step + 1 < self.steps)(following)
             return tuple(advanced)
 
         start = self.entering_state()
-        if self.tuning.outputs:
-            for part in self.parts:
-                self.publish(jnp.int32(0), part, start[part])
+        for part in self.parts:
+            self.publish(jnp.int32(0), part, start[part])
         end = lax.fori_loop(0, self.steps, body, start)
-        if self.tuning.outputs:
-            self.drain(smem["state_free"], 2)
-            last = jnp.where(self.sign > 0, self.plan.pieces - 1, 0)
-            pl.when(self.piece == last)(lambda: self.store_state(end))
-        else:
-            self.store_state(end, self.piece)
+        self.drain(smem["state_free"], 2)
+        last = jnp.where(self.sign > 0, self.plan.pieces - 1, 0)
+        pl.when(self.piece == last)(lambda: self.store_state(end))
 
     def chunk_part(self, slot: jax.Array, part: int, weights: jax.Array) -> jax.Array:
         """What the chunk in a slot adds to a part of the state."""
         decayed, columns = self.smem["decayed"], pl.ds(64 * part, 64)
         rest = plgpu.load(self.smem["c"].at[slot, :, columns], layout=TILE, optimized=False).astype(jnp.float32)
         rest *= lax.broadcast_in_dim(weights, rest.shape, [0])
-        if not self.tuning.outputs:
-            # The product before may still be reading for another warp; elsewhere publishing has a barrier.
-            plgpu.commit_smem()
         for term in range(self.tuning.terms):
             rounded = rest.astype(decayed.dtype)
             decayed.at[term, :, columns][...] = rounded

@@ -7,6 +7,7 @@ On a GPU the parametrised tests of `test_lightning.py` run the compiled kernels.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning import mosaic_gpu, mosaic_gpu_segments
+from pallas_kernels import lightning
+from pallas_kernels.lightning import mosaic_gpu, mosaic_gpu_segments, mosaic_gpu_states
 from pallas_kernels.lightning.mosaic_gpu import DK, DQ, DV, FORWARD, HALF, HALF_ONE, WHOLE, WHOLE_ONE
-from pallas_kernels.lightning.mosaic_gpu_plan import Plan, Tuning
+from pallas_kernels.lightning.mosaic_gpu_plan import Gather, Plan, Tuning
 from tests.kernels import cases
 
 BF16 = ml_dtypes.bfloat16
@@ -42,7 +44,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     """Sets the plans of the backward and of the forward, in place of those that would be fastest."""
 
     def set_plans(*backward: Plan, forward: tuple[int, Tuning] = (1, HALF)) -> None:
-        def plans(groupings: list, *_: object) -> list[Plan]:
+        def plans(groupings: list, *_: object, **__: object) -> list[Plan]:
             return [Plan((FORWARD,), *forward)] if groupings == [[(FORWARD,)]] else list(backward)
 
         monkeypatch.setattr(mosaic_gpu, "_plans", plans)
@@ -57,10 +59,9 @@ def check(x: cases.Inputs, *, states: bool) -> None:
     expected = cases.recurrence(x)
     given = cases.as_jax(x)
     initial, dstate = (given.initial_state, given.dstate) if states else (None, None)
-    o, state = jax.jit(mosaic_gpu.forward)(given.q, given.k, given.v, given.slopes, given.segment_ids, initial)
-    dq, dk, dv, dinitial = jax.jit(mosaic_gpu.backward)(
-        given.q, given.k, given.v, given.slopes, given.segment_ids, initial, given.do, dstate
-    )
+    arguments = (given.q, given.k, given.v, given.slopes, given.segment_ids, initial)
+    o, state, saved = jax.jit(mosaic_gpu.forward_saving)(*arguments)
+    dq, dk, dv, dinitial = jax.jit(mosaic_gpu.backward)(*arguments, given.do, dstate, saved)
     results = {"o": o, "dq": dq, "dk": dk, "dv": dv, "state": state}
     if states:
         results["dinitial_state"] = dinitial
@@ -90,7 +91,7 @@ def test_forward_and_backward_equal_the_recurrence(
 @pytest.mark.parametrize(
     ("plans", "forward", "states"),
     [
-        ([Plan((DK, DV, DQ), 2, WHOLE_ONE)], (1, HALF), False),
+        ([Plan((DK, DV), 2, WHOLE_ONE), Plan((DQ,), 2, WHOLE_ONE)], (1, HALF), False),
         pytest.param([Plan((DK, DV), 1, HALF), Plan((DQ,), 1, HALF)], (2, WHOLE), True, marks=pytest.mark.full),
     ],
 )
@@ -125,7 +126,7 @@ def test_warpgroups_cannot_ask_for_more_registers_than_the_launch_gets() -> None
 @pytest.mark.parametrize(("reverse", "packed"), [(False, True), (True, False)])
 def test_chunk_state_equals_the_recurrence(reverse: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-37, INV-38: the state of a context-parallel chunk in pieces, forwards of (k, v) and backwards of (q, do)."""
-    monkeypatch.setattr(mosaic_gpu, "_cost", lambda plan, rows, chunks: abs(plan.pieces - 2))
+    monkeypatch.setattr(mosaic_gpu, "_gather_cost", lambda plan, rows, chunks: 9 * abs(plan.pieces - 2))
     ids = np.repeat(np.int32([1, 2]), (20, 130))[None] if packed else None
     x = cases.inputs(150, batch=1, slopes=MIDDLE_AND_SLOWEST, dim=128, dtype=BF16, segment_ids=ids)
     x = dataclasses.replace(x, initial_state=np.zeros_like(x.initial_state), dstate=np.zeros_like(x.dstate))
@@ -173,6 +174,30 @@ def test_plans_cover_every_job_and_chunk(heads: int, length: int) -> None:
     assert sorted((job for plan in plans for job in plan.jobs), key=hash) == sorted((DK, DV, DQ), key=hash)
     for plan in plans:
         assert -(-chunks // plan.pieces) * (plan.pieces - 1) < chunks
+
+
+def test_backward_gathers_no_states_that_the_forward_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both cut the sequence alike, dq begins with the states that entered the forward's pieces."""
+    gathered = []
+
+    def gather(plan: Gather, *arguments: Any, **keywords: Any) -> jax.Array:
+        gathered.append(plan.jobs)
+        return mosaic_gpu_states.gather(plan, *arguments, **keywords)
+
+    monkeypatch.setattr(mosaic_gpu, "gather", gather)
+    tokens = jax.ShapeDtypeStruct((1, 32_768, 8, 128), jnp.bfloat16)
+    slopes = jax.ShapeDtypeStruct((8,), jnp.float32)
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array, do: jax.Array) -> Any:
+        attention = functools.partial(lightning.lightning_attention, slopes=slopes, implementation="mosaic_gpu")
+        return jax.vjp(attention, q, k, v)[1](do)
+
+    jax.eval_shape(gradients, tokens, tokens, tokens, slopes, tokens)
+    assert gathered == [(FORWARD,), (DK,)]
+    gathered.clear()
+    alone = functools.partial(lightning.lightning_backward, implementation="mosaic_gpu")
+    jax.eval_shape(alone, tokens, tokens, tokens, slopes, tokens)
+    assert {job for jobs in gathered for job in jobs} == {DK, DQ}
 
 
 def test_description_of_packed_rows() -> None:
