@@ -206,7 +206,7 @@ def _kernel_flops(target: Target, mesh: Mesh) -> Callable[[hlo.Instruction, Sequ
     beyond = 1 + key_tile / target.stage.sequence_length  # of the tiles on the diagonal half is computed in vain
 
     def of(item: hlo.Instruction, shapes: Sequence[str]) -> float:
-        if "expert_matmul" in item.op_name:
+        if "expert_matmul" in item.op_name or item.name.startswith("ragged-dot"):  # (some lose their scope)
             return _grouped_matmul_flops(shapes)
         # Pallas kernels on TPUs are called by name; those on GPUs are known by the scope that they stand in.
         name = item.name if target.topology.chip.platform == "tpu" else item.op_name

@@ -27,7 +27,7 @@ from mmx_jax.config import (
 )
 from mmx_jax.flops import training_flops_per_token
 from mmx_jax.model import parameter_spec
-from mmx_jax.training import ahead_plot
+from mmx_jax.training import ahead, ahead_plot
 from mmx_jax.training.ahead import Target, compile_ahead, does_not_fit
 from parallel import hlo
 from parallel.mesh import make_mesh
@@ -174,6 +174,28 @@ def test_a_slice_cut_inside_a_fusion_is_read_as_a_slice() -> None:
     """8 of 4,096 rows are read and 8 are written, however deep the fusion that cuts them."""
     cost = Roofline(CHIPS["v5p"], [], lambda item, shapes: 0.0).cost(hlo.parse(FUSED))
     assert cost.memory_bytes == pytest.approx(2 * 8 * 128 * 4, abs=8)
+
+
+RAGGED = """
+ENTRY %main (rows: bf16[64,256], weights: bf16[4,256,128], g: s32[4]) -> f32[64,128] {
+  %rows = bf16[64,256]{1,0} parameter(0)
+  %weights = bf16[4,256,128]{2,1,0} parameter(1)
+  %g = s32[4]{0} parameter(2)
+  %ragged-dot-metadata = s32[17]{0} custom-call(%g), metadata={op_name="ragged-dot-metadata"}
+  ROOT %ragged-dot-none.1 = f32[64,128]{1,0} custom-call(%ragged-dot-metadata, /*index=1*/%rows, %weights), metadata={op_name="ragged-dot-none"}
+}
+"""  # noqa: E501
+
+
+def test_grouped_products_without_their_scope_are_counted() -> None:
+    """libtpu makes kernels of XLA's grouped products, some of which bear no name of ours: 64 rows by [256, 128]."""
+    main = hlo.parse(RAGGED).computations["main"]
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    flops = ahead._kernel_flops(Target(RUN, parse_topology("v5p:2x2x1")), mesh)
+    assert flops(main.by_name["ragged-dot-none.1"], main.operand_shapes(main.by_name["ragged-dot-none.1"])) == (
+        2 * 64 * 256 * 128
+    )
+    assert flops(main.by_name["ragged-dot-metadata"], main.operand_shapes(main.by_name["ragged-dot-metadata"])) == 0
 
 
 @pytest.mark.xdist_group("libtpu")
