@@ -6,6 +6,7 @@ The compiler cannot split a kernel; without `jax.shard_map` it would gather the 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -20,6 +21,7 @@ _ROWS = ("batch", None)
 _HEADS = ("batch", None, "heads", None)
 _KEYS = ("batch", None, "kv_heads", None)
 _TOKENS = ("batch", "sequence", None, None)
+_STATES = ("batch", "heads", None, None)
 
 
 def lightning_attention(
@@ -37,6 +39,39 @@ def lightning_attention(
     spec = DEFAULT_RULES.spec
     heads, specs = spec(_HEADS), (spec(("heads",)), spec(_ROWS))
     return _mapped(local, (heads, heads, heads, *specs), heads)(q, k, v, slopes, segment_ids)
+
+
+def continued_lightning_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    slopes: Float[Array, " N"],
+    segment_ids: Int[Array, "B T"],
+    state: Float[Array, "B N H H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H H"]]:
+    """The same of rows that go on from a state, and the state after each row's last real token (fp32)."""
+
+    def local(q: Array, k: Array, v: Array, slopes: Array, ids: Array, state: Array) -> tuple[Array, Array]:
+        return lightning.lightning_attention(q, k, v, slopes, segment_ids=ids, initial_state=state, return_state=True)
+
+    spec = DEFAULT_RULES.spec
+    heads, states = spec(_HEADS), spec(_STATES)
+    specs = (heads, heads, heads, spec(("heads",)), spec(_ROWS), states)
+    return _mapped(local, specs, (heads, states))(q, k, v, slopes, segment_ids, state)
+
+
+def decode_step(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B N H"],
+    v: Float[Array, "B N H"],
+    state: Float[Array, "B N H H"],
+    slopes: Float[Array, " N"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N H H"]]:
+    """`pallas_kernels.lightning.decode_step` of one token a row, on the mesh in use or on one device."""
+    spec = DEFAULT_RULES.spec
+    token, states = spec(("batch", "heads", None)), spec(_STATES)
+    specs = (token, token, token, states, spec(("heads",)))
+    return _mapped(lightning.decode_step, specs, (token, states))(q, k, v, state, slopes)
 
 
 def softmax_attention(
@@ -99,8 +134,10 @@ def _ways(axes: tuple[str, ...]) -> int:
 
 
 def _mapped(
-    function: Callable[..., Array], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
-) -> Callable[..., Array]:
+    function: Callable[..., Any],
+    in_specs: tuple[PartitionSpec, ...],
+    out_specs: PartitionSpec | tuple[PartitionSpec, ...],
+) -> Callable[..., Any]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function

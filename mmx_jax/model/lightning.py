@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from mmx_jax.config import ModelConfig
 from mmx_jax.model.dot import DotPolicy, Weight
 from mmx_jax.model.layout import LayerCache, Layout
-from pallas_kernels.lightning import decode_step, lightning_attention
 from parallel import lasp, local
 
 
@@ -76,11 +75,9 @@ class LightningAttention(nnx.Module):
             return self.finish(_mixed(q, k, v, slopes, layout), x), ()
         (state,) = cached
         if x.shape[1] > 1:
-            mixed, state = lightning_attention(
-                q, k, v, slopes, segment_ids=layout.segment_ids, initial_state=state, return_state=True
-            )
+            mixed, state = local.continued_lightning_attention(q, k, v, slopes, layout.segment_ids, state)
         else:
-            step, new = decode_step(q[:, 0], k[:, 0], v[:, 0], state, slopes)
+            step, new = local.decode_step(q[:, 0], k[:, 0], v[:, 0], state, slopes)
             mixed, state = step[:, None], jnp.where(layout.real[:, :, None, None], new, state)
         return self.finish(mixed, x), (state,)
 

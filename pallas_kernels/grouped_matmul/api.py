@@ -67,11 +67,16 @@ def grouped_matmul(
             f"{x.dtype.name}{list(x.shape)}, {w.dtype.name}{list(w.shape)} and {list(group_sizes.shape)}"
         )
 
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"grouped_matmul: group_sizes must be integers, got {group_sizes.dtype}")
+
     def obstacle(name: str) -> str | None:
         return _implementation(name).obstacle(x, w)
 
     title = f"grouped_matmul of {x.dtype.name}{list(x.shape)} by {list(w.shape)}"
     name = dispatch.choose(title, _candidates(), obstacle, fallback="blocked", forced=implementation, known=NAMES)
+    if not x.size or not w.size:  # a kernel cannot be launched for nothing
+        return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
     return _product(name, *alike(x, w, group_sizes))
 
 

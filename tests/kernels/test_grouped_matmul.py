@@ -132,6 +132,16 @@ def test_inside_shard_map() -> None:
     assert cases.relative(dw, halves[0][2] + halves[1][2]) <= 2e-6
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 4, 6), (8, 0, 4, 6), (8, 2, 0, 6), (8, 2, 4, 0)], ids="MEDF")
+def test_nothing_gives_nothing(shape: tuple[int, int, int, int]) -> None:
+    """No rows, no experts or no width: results and gradients of the right shapes, all 0."""
+    M, E, D, F = shape
+    x, w, sizes = jnp.ones((M, D)), jnp.ones((E, D, F)), jnp.zeros(E, jnp.int32)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+    for got, wanted in zip((y, *pull(jnp.ones_like(y))), ((M, F), x.shape, w.shape)):
+        np.testing.assert_array_equal(got, np.zeros(wanted))
+
+
 def test_errors_name_what_is_wrong() -> None:
     """Arguments that do not fit raise with their shapes."""
     x, w, _ = draw(8, (4, 4), 4, 6)
@@ -140,6 +150,8 @@ def test_errors_name_what_is_wrong() -> None:
         pytest.raises(ValueError, match=r"must fit, got float32\[8, 4\], float32\[2, 4, 6\] and \[3\]"),
     ):
         grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(3, jnp.int32))
+    with cases.annotations_unchecked(), pytest.raises(ValueError, match="group_sizes must be integers, got float32"):
+        grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(2))
     with pytest.raises(ValueError, match="no implementation named 'cutlass'"):
         grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.zeros(2, jnp.int32), implementation="cutlass")
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ModelConfig, hybrid_layers
 from mmx_jax.model import parameter_spec
+from pallas_kernels import lightning
 from parallel import local
 from parallel.mesh import AXES, MeshError, make_mesh, resolve_sizes
 from parallel.sharding import Rules, ShardingError, constrain
@@ -125,3 +126,29 @@ def test_neighbours_on_an_axis_are_neighbours_in_the_slice(topology):
         ring = [np.array(device.coords) for device in mesh.devices[0, 0, :, 0, 0]]
         steps = np.abs(np.diff(ring, axis=0))
         assert np.minimum(steps, np.array([4, 4, 8]) - steps).sum(axis=1).max() == 1
+
+
+def test_cached_lightning_runs_on_its_own_rows_and_heads(monkeypatch: pytest.MonkeyPatch):
+    """INV-31 on a mesh: prefill and decode give each device's kernels its part, and one device's results."""
+    mesh = make_mesh({"data": 2, "tensor": 2}, devices=jax.devices()[:4])
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 70, 2, 16))
+    slopes, ids = jnp.array([0.5, 0.01]), jnp.ones((4, 70), jnp.int32).at[1, :9].set(0)
+    state = jax.random.normal(jax.random.key(1), (4, 2, 16, 16))
+    seen = []
+
+    def step(q, k, v, state, slopes, *, original=lightning.decode_step):
+        seen.append(q.shape)
+        return original(q, k, v, state, slopes)
+
+    monkeypatch.setattr(lightning, "decode_step", step)
+
+    def run(q, k, v, slopes, ids, state):
+        o, state = local.continued_lightning_attention(q, k, v, slopes, ids, state)
+        return o, state, *local.decode_step(q[:, 0], k[:, 0], v[:, 0], state, slopes)
+
+    expected = run(q, k, v, slopes, ids, state)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(run)(q, k, v, slopes, ids, state)
+    assert seen == [(4, 2, 16), (2, 1, 16)]
+    for got, wanted in zip(actual, expected):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
