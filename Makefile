@@ -35,7 +35,7 @@ test: lint
 	@$(PYTEST) -q -m "not full and not gpu" --durations=15
 
 test-full: lint
-	@$(PYTEST) -q -m "not gpu" --durations=25
+	@$(PYTEST) -q -m "not gpu and not short" --durations=25
 
 clean:
 	@rm -rf build .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info

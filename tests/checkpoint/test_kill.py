@@ -51,6 +51,7 @@ def _kill_and_check(folder: Path, moments: list[Moment | float]) -> None:
     assert newest >= len([moment for moment in moments if isinstance(moment, Moment)])
 
 
+@pytest.mark.short
 def test_killed_inside_a_save_at_each_moment(tmp_path: Path) -> None:
     _kill_and_check(tmp_path, list(Moment))
 

@@ -75,6 +75,7 @@ def _assert_ends_equal(tiny: RunConfig, folder: Path, moments: list[Moment | Non
     assert "resuming from checkpoint" in Path(f"{killed}.log").read_text()
 
 
+@pytest.mark.short
 def test_five_kills_change_nothing(tiny: RunConfig, tmp_path: Path) -> None:
     """Two kills inside a save, three between, one SIGTERM; packing, a changing mixture and a batch ramp are on."""
     moments = [None, Moment.ARRAYS_WRITTEN, None, Moment.BEFORE_COMMIT, None]
