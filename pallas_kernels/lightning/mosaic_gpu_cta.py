@@ -1,7 +1,8 @@
-"""Which scan a CTA of the Hopper kernel works on: its chunks, the states at its ends and its decay factors."""
+"""What the CTAs of the Hopper kernels have in common: launch and roles, the chunks of their scan, its decay factors."""
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,68 @@ LOG2E = math.log2(math.e)
 TILE = plgpu.Layout.WGMMA
 ROWS = TILE.reduce(1)
 COLUMNS = TILE.reduce(0)
+Role = tuple[Callable[[], None], int, Any]
+"""What a warpgroup does, the registers of its threads, and whether they are an "increase" or a "decrease"."""
+
+
+def launch(
+    name: str,
+    cta: "type[Cta]",
+    plan: Plan | Gather,
+    shape: Shape,
+    operands: Sequence[jax.Array],
+    slopes: jax.Array,
+    optional: Mapping[str, jax.Array | None],
+    results: Sequence[jax.ShapeDtypeStruct],
+    *,
+    scratch: Mapping[str, Any] | None = None,
+    warpgroups: int | None = None,
+) -> list[jax.Array]:
+    """Runs a kernel.
+
+    Args:
+        name: of the kernel, for profiles.
+        cta: its body.
+        plan, shape: what it computes, and how the work is cut into CTAs.
+        operands, slopes: arrays that it reads in any case.
+        optional: those that it may read, by the names under which the body finds what was given.
+        results: what it writes; the states last.
+        scratch: shared memory and barriers, by name.
+        warpgroups: how many a CTA has; None for one without roles.
+    """
+    given = {key: array for key, array in optional.items() if array is not None}
+
+    def body(*refs: Any, **smem: Any) -> None:
+        taken = iter(refs)
+        cta(
+            plan,
+            shape,
+            operands=[next(taken) for _ in operands],
+            slopes=next(taken),
+            given={key: next(taken) for key in given},
+            outputs=[next(taken) for _ in results[:-1]],
+            states=next(taken),
+            smem=smem,
+        ).run()
+
+    body.__name__ = name
+    threads = {} if warpgroups is None else {"num_threads": warpgroups, "thread_name": "warpgroup"}
+    return plgpu.kernel(
+        body,
+        out_type=list(results),
+        scratch_types=dict(scratch or {}),
+        grid=(shape.batch * shape.heads * shape.ctas * len(plan.jobs) * shape.tiles,),
+        grid_names=("cta",),
+        # A barrier around every store and copy would be most of a short step; the roles say where one is needed.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
+        **threads,
+    )(*operands, slopes, *given.values())
+
+
+def tiles(dtype: Any, *shape: int) -> Any:
+    """Shared memory as the matrix units read it."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 class Cta:
@@ -51,6 +114,31 @@ class Cta:
         self.packed = "description" in given
         # Whether a last chunk is shorter than the others and nothing else tells it from them.
         self.ragged = not self.packed and shape.length % self.chunk > 0
+
+    def run(self) -> None:
+        """Does the work of the CTA."""
+        raise NotImplementedError
+
+    def share(self, roles: Sequence[Role]) -> None:
+        """Gives every warpgroup its role."""
+        warpgroup = lax.axis_index("warpgroup")
+        for i, (role, registers, action) in enumerate(roles):
+
+            @pl.when(warpgroup == i)
+            def _(role: Any = role, registers: int = registers, action: Any = action) -> None:
+                plgpu.set_max_registers(registers, action=action)
+                role()
+
+        # A warpgroup that exits while another issues wgmma faults, so all leave together.
+        plgpu.barrier_arrive(self.smem["done"])
+        plgpu.barrier_wait(self.smem["done"])
+
+    def drain(self, barrier: Any, count: int) -> None:
+        """Waits for the arrivals of the last `count` steps: every phase must be seen before the CTA ends."""
+
+        @pl.loop(jnp.maximum(self.steps - count, 0), self.steps)
+        def _(step: jax.Array) -> None:
+            plgpu.barrier_wait(barrier.at[lax.rem(step, count)])
 
     def chunks_of(self, piece: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First chunk of a part of a piece, and the one after its last."""

@@ -1,4 +1,4 @@
-"""The one Hopper kernel behind lightning attention: a decayed scan over chunks with the state on chip.
+"""The Hopper kernel that lightning attention is made of: a decayed scan over chunks with the state on chip.
 
 A job is `out_i = sum_j lambda^|i-j| (a_i . b_j) c_j` over j <= i (j >= i when it descends), which with the operands
 in different places is the forward and each of the three gradients. A CTA scans one head of one job, for `tile` columns
@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta
+from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta, Role, launch, tiles
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Shape
 from pallas_kernels.lightning.mosaic_gpu_segments import FACTS
 
@@ -63,33 +63,18 @@ def scan(
     jobs = len(plan.jobs)
     outputs = [jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype)] * jobs
     states = jax.ShapeDtypeStruct((jobs, batch, heads, dim, dim), jnp.float32)
-    optional = {"description": description, "entering": entering}
-    given = {name: array for name, array in optional.items() if array is not None}
-
-    def lightning_scan(*refs: Any, **scratch: Any) -> None:
-        taken = iter(refs)
-        _Warpgroups(
-            plan,
-            shape,
-            operands=[next(taken) for _ in operands],
-            slopes=next(taken),
-            given={name: next(taken) for name in given},
-            outputs=[next(taken) for _ in outputs],
-            states=next(taken),
-            smem=scratch,
-        ).run()
-
-    *results, last = plgpu.kernel(
-        lightning_scan,
-        out_type=[*outputs, states],
-        scratch_types=_scratch(plan, operands[0].dtype, packed=description is not None),
-        grid=(batch * heads * plan.pieces * jobs * shape.tiles,),
-        grid_names=("cta",),
-        num_threads=plan.warpgroups,
-        thread_name="warpgroup",
-        # A barrier around every store and copy would be most of a short step; the roles say where one is needed.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
-    )(*operands, slopes, *given.values())
+    *results, last = launch(
+        "lightning_scan",
+        _Scan,
+        plan,
+        shape,
+        operands,
+        slopes,
+        {"description": description, "entering": entering},
+        [*outputs, states],
+        scratch=_scratch(plan, operands[0].dtype, packed=description is not None),
+        warpgroups=plan.warpgroups,
+    )
     return results, last
 
 
@@ -97,19 +82,13 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
     tuning = plan.tuning
     c, tile, stages = tuning.chunk, tuning.tile, tuning.stages
-
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-
-    def tiles(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
     scratch = {
-        "a": tiles(stages, c, HEAD_DIM),
-        "b": tiles(stages, c, HEAD_DIM),
-        "c": tiles(stages, c, tile),
-        "decayed": tiles(tuning.terms, c, tile),
-        "state": tiles(2, tile, HEAD_DIM),
-        "scores": tiles(tuning.outputs, c, c),
+        "a": tiles(dtype, stages, c, HEAD_DIM),
+        "b": tiles(dtype, stages, c, HEAD_DIM),
+        "c": tiles(dtype, stages, c, tile),
+        "decayed": tiles(dtype, tuning.terms, c, tile),
+        "state": tiles(dtype, 2, tile, HEAD_DIM),
+        "scores": tiles(dtype, tuning.outputs, c, c),
         "full": plgpu.Barrier(num_arrivals=3 + packed, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "state_ready": plgpu.Barrier(num_barriers=2),
@@ -117,13 +96,13 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
         "done": plgpu.Barrier(num_arrivals=plan.warpgroups),
     }
     if tile != c:  # of one size, the scores' buffer serves the output too
-        scratch["out"] = tiles(tuning.outputs, c, tile)
+        scratch["out"] = tiles(dtype, tuning.outputs, c, tile)
     if packed:
         scratch["description"] = plgpu.SMEM((stages, c + FACTS), jnp.int32)
     return scratch
 
 
-class _Warpgroups(Cta):
+class _Scan(Cta):
     """The body of one CTA: a method for each role."""
 
     def __init__(self, plan: Plan, *arguments: Any, **keywords: Any) -> None:
@@ -134,22 +113,10 @@ class _Warpgroups(Cta):
 
     def run(self) -> None:
         """Gives every warpgroup its role."""
-        warpgroup = lax.axis_index("warpgroup")
         state, output, loader = self.tuning.registers
         turns = range(self.tuning.outputs)
-        roles: list[Any] = [(self.advance_state, state, "increase")]
-        roles += [(functools.partial(self.write_output, turn), output, "increase") for turn in turns]
-        roles += [(self.load, loader, "decrease")]
-        for i, (role, registers, action) in enumerate(roles):
-
-            @pl.when(warpgroup == i)
-            def _(role: Any = role, registers: int = registers, action: Any = action) -> None:
-                plgpu.set_max_registers(registers, action=action)
-                role()
-
-        # A warpgroup that exits while another issues wgmma faults, so all leave together.
-        plgpu.barrier_arrive(self.smem["done"])
-        plgpu.barrier_wait(self.smem["done"])
+        writers: list[Role] = [(functools.partial(self.write_output, turn), output, "increase") for turn in turns]
+        self.share([(self.advance_state, state, "increase"), *writers, (self.load, loader, "decrease")])
 
     # States in device memory
 
@@ -351,10 +318,3 @@ class _Warpgroups(Cta):
             @pl.when(self.job == i)
             def _(out: Any = out) -> None:
                 plgpu.copy_smem_to_gmem(out_smem, out.at[self.row, rows, self.head, columns])
-
-    def drain(self, barrier: Any, count: int) -> None:
-        """Waits for the arrivals of the last `count` steps: every phase must be seen before the CTA ends."""
-
-        @pl.loop(jnp.maximum(self.steps - count, 0), self.steps)
-        def _(step: jax.Array) -> None:
-            plgpu.barrier_wait(barrier.at[lax.rem(step, count)])

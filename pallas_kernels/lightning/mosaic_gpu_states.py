@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta
+from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta, Role, launch, tiles
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Gather, Job, Shape
 from pallas_kernels.lightning.mosaic_gpu_segments import FACTS, Fact
 
@@ -57,31 +57,19 @@ def gather(
     batch, _, heads, dim = operands[0].shape
     shape = _shape(plan, batch, heads, length)
     states = jax.ShapeDtypeStruct((len(plan.jobs) * plan.orientations, batch, heads, shape.ctas, dim, dim), jnp.float32)
-    given = {} if description is None else {"description": description}
-
-    def lightning_states(*refs: Any, **scratch: Any) -> None:
-        taken = iter(refs)
-        _Warpgroups(
-            plan,
-            shape,
-            operands=[next(taken) for _ in operands],
-            slopes=next(taken),
-            given={name: next(taken) for name in given},
-            outputs=[],
-            states=next(taken),
-            smem=scratch,
-        ).run()
-
-    return plgpu.kernel(
-        lightning_states,
-        out_type=states,
-        scratch_types=_scratch(plan, operands[0].dtype, packed=description is not None),
-        grid=(batch * heads * shape.ctas * len(plan.jobs),),
-        grid_names=("cta",),
-        num_threads=HALVES + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
-    )(*operands, slopes, *given.values())
+    (found,) = launch(
+        "lightning_states",
+        _Gather,
+        plan,
+        shape,
+        operands,
+        slopes,
+        {"description": description},
+        [states],
+        scratch=_scratch(plan, operands[0].dtype, packed=description is not None),
+        warpgroups=HALVES + 1,
+    )
+    return found
 
 
 def enter(
@@ -108,29 +96,17 @@ def enter(
     """
     count, batch, heads, _, dim, _ = states.shape
     shape = dataclasses.replace(_shape(plan, batch, heads, length), tiles=dim // SLAB, ctas=1)
-    optional = {"description": description, "initial": initial}
-    given = {name: array for name, array in optional.items() if array is not None}
-
-    def lightning_enter(*refs: Any) -> None:
-        own, rates, *more, result = refs
-        _Sum(
-            dataclasses.replace(plan, jobs=tuple(jobs)),
-            shape,
-            operands=[own],
-            slopes=rates,
-            given=dict(zip(given, more, strict=True)),
-            outputs=[],
-            states=result,
-            smem={},
-        ).run()
-
-    return plgpu.kernel(
-        lightning_enter,
-        out_type=jax.ShapeDtypeStruct((count, batch, heads, plan.pieces, dim, dim), jnp.float32),
-        grid=(batch * heads * count * shape.tiles,),
-        grid_names=("cta",),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
-    )(states, slopes, *given.values())
+    (entering,) = launch(
+        "lightning_enter",
+        _Sum,
+        dataclasses.replace(plan, jobs=tuple(jobs)),
+        shape,
+        [states],
+        slopes,
+        {"description": description, "initial": initial},
+        [jax.ShapeDtypeStruct((count, batch, heads, plan.pieces, dim, dim), jnp.float32)],
+    )
+    return entering
 
 
 def _shape(plan: Gather, batch: int, heads: int, length: int) -> Shape:
@@ -190,15 +166,10 @@ class _Sum(Cta):
 
 def _scratch(plan: Gather, dtype: Any, *, packed: bool) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-
-    def tiles(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
     scratch = {
-        "b": tiles(plan.stages, plan.chunk, HEAD_DIM),
-        "c": tiles(plan.stages, plan.chunk, HEAD_DIM),
-        "weighted": tiles(HALVES, BUFFERS, plan.orientations, plan.terms, plan.chunk, HEAD_DIM // HALVES),
+        "b": tiles(dtype, plan.stages, plan.chunk, HEAD_DIM),
+        "c": tiles(dtype, plan.stages, plan.chunk, HEAD_DIM),
+        "weighted": tiles(dtype, HALVES, BUFFERS, plan.orientations, plan.terms, plan.chunk, HEAD_DIM // HALVES),
         "full": plgpu.Barrier(num_arrivals=2 + packed, num_barriers=plan.stages),
         "empty": plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.stages),
         "done": plgpu.Barrier(num_arrivals=HALVES + 1),
@@ -208,26 +179,16 @@ def _scratch(plan: Gather, dtype: Any, *, packed: bool) -> dict[str, Any]:
     return scratch
 
 
-class _Warpgroups(Cta):
+class _Gather(Cta):
     """The body of one CTA: a method for each role."""
 
     plan: Gather
 
     def run(self) -> None:
         """Gives every warpgroup its role."""
-        warpgroup = lax.axis_index("warpgroup")
         sums, loader = self.plan.registers
-        roles: list[Any] = [(functools.partial(self.add_up, half), sums, "increase") for half in range(HALVES)]
-        for i, (role, registers, action) in enumerate([*roles, (self.load, loader, "decrease")]):
-
-            @pl.when(warpgroup == i)
-            def _(role: Any = role, registers: int = registers, action: Any = action) -> None:
-                plgpu.set_max_registers(registers, action=action)
-                role()
-
-        # A warpgroup that exits while another issues wgmma faults, so all leave together.
-        plgpu.barrier_arrive(self.smem["done"])
-        plgpu.barrier_wait(self.smem["done"])
+        halves: list[Role] = [(functools.partial(self.add_up, half), sums, "increase") for half in range(HALVES)]
+        self.share([*halves, (self.load, loader, "decrease")])
 
     def chunk_at(self, step: jax.Array) -> jax.Array:
         """Index of the chunk handled in a step: from the end at which the state leaves."""
@@ -255,10 +216,7 @@ class _Warpgroups(Cta):
                 source = self.given["description"].at[self.row, chunk]
                 plgpu.copy_gmem_to_smem(source, smem["description"].at[slot], full)
 
-        # Every phase must be seen before the CTA ends.
-        @pl.loop(jnp.maximum(self.steps - stages, 0), self.steps)
-        def _(step: jax.Array) -> None:
-            plgpu.barrier_wait(smem["empty"].at[lax.rem(step, stages)])
+        self.drain(smem["empty"], stages)
 
     def add_up(self, half: int) -> None:
         """Adds up half of the state, and of the transposed one."""
