@@ -28,10 +28,8 @@ from parallel.mesh import MeshError, resolve_sizes
 from parallel.sharding import ShardingError
 from parallel.topology import TopologyError
 
-COMPILED = 3
-"""Candidates that are compiled."""
 ATTEMPTS = 3
-"""For each of them so many may be tried: the compiler may refuse some."""
+"""For each candidate that is to be compiled so many may be tried: the compiler may refuse some."""
 FILLED = 0.9
 """Share of a chip's memory that a candidate may need on paper."""
 SHOWN = 12
@@ -42,7 +40,7 @@ REMAT = ("none", "dots", "attention", "layer")
 Report = dict[str, Any]
 
 
-def search(target: Target, compiled: int = COMPILED) -> list[Report]:
+def search(target: Target, compiled: int) -> list[Report]:
     """Compiles the best candidates on paper; prints each JSON line as soon as it is known, and a ranking as the last.
 
     Progress goes to stderr: the ranking on paper at once, then what is being compiled, at the end the best with the

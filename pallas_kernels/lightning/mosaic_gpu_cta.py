@@ -63,16 +63,16 @@ def launch(
         ).run()
 
     body.__name__ = name
-    threads = {} if warpgroups is None else {"num_threads": warpgroups, "thread_name": "warpgroup"}
     return plgpu.kernel(
         body,
         out_type=list(results),
         scratch_types=dict(scratch or {}),
         grid=(shape.batch * shape.heads * shape.ctas * len(plan.jobs) * shape.tiles,),
         grid_names=("cta",),
+        num_threads=warpgroups,
+        thread_name=None if warpgroups is None else "warpgroup",
         # A barrier around every store and copy would be most of a short step; the roles say where one is needed.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
-        **threads,
     )(*operands, slopes, *given.values())
 
 

@@ -129,7 +129,7 @@ def test_on_paper_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_fits_nowhere_is_refused() -> None:
     huge = replace(RUN, model=replace(MODEL, vocab_size=1 << 24, hidden_size=4096))
     with pytest.raises(ConfigError, match=r"tiny does not fit on v5e:1x1: .* needs about \d+ GiB a chip, 16 GiB"):
-        search(Target(replace(huge, mesh=MeshConfig()), parse_topology("v5e:1x1")))
+        search(Target(replace(huge, mesh=MeshConfig()), parse_topology("v5e:1x1")), compiled=1)
 
 
 def _answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int, Target], dict[str, Any]]) -> list[RunConfig]:
