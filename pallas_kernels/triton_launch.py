@@ -49,6 +49,8 @@ def launch(
 ) -> tuple[jax.Array, ...]:
     """Calls one Triton kernel, compiled for the GPU at hand or for the target of `dispatch.target`.
 
+    Under `jax.vmap` it is called for one after another.
+
     Args:
         kernel: made by `triton.jit`; its parameters are the operands, the outputs, then the constants.
         operands: arrays.
@@ -61,17 +63,22 @@ def launch(
     """
     capability = dispatch.compute_capability()
     assert capability is not None, "obstacle() has refused this call"
-    return _jax_triton().triton_call(
-        *operands,
-        kernel=kernel,
-        out_shape=out_shape,
-        grid=grid,
-        num_warps=warps,
-        num_stages=stages,
-        compute_capability=round(10 * capability),
-        input_output_aliases=aliases,
-        **constants,
-    )
+
+    @jax.custom_batching.sequential_vmap
+    def call(*operands: Any) -> tuple[jax.Array, ...]:
+        return _jax_triton().triton_call(
+            *operands,
+            kernel=kernel,
+            out_shape=out_shape,
+            grid=grid,
+            num_warps=warps,
+            num_stages=stages,
+            compute_capability=round(10 * capability),
+            input_output_aliases=aliases,
+            **constants,
+        )
+
+    return call(*operands)
 
 
 def _jax_triton() -> Any:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import varying_like
 from pallas_kernels.grouped_matmul import grouped_matmul
-from parallel.rows import Queues, combine_slots, fill_blocks, gather_rows, gather_slots, queues
+from parallel.rows import EXPERT_RESULTS, Queues, combine_slots, fill_blocks, gather_rows, gather_slots, queues
 from parallel.sharding import DEFAULT_RULES, Rules, ShardingError
 from parallel.stripes import gather_stripes, own_stripes, split
 
@@ -315,9 +316,9 @@ def _bucket_round(
     buckets = _widen(plan, arrived.transpose(1, 0, 2, 3).reshape(plan.local_experts, plan.shards * block, -1))
     with jax.named_scope("expert_matmul"):
         dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None)
-        gate, up, down = weights
-        hidden = jax.nn.silu(dot("ECD,EDF->ECF", buckets, gate)) * dot("ECD,EDF->ECF", buckets, up)
-        out = dot("ECF,EFD->ECD", hidden, down)
+        *inner, down = weights
+        gate, up = (checkpoint_name(dot("ECD,EDF->ECF", buckets, w), EXPERT_RESULTS) for w in inner)
+        out = dot("ECF,EFD->ECD", jax.nn.silu(gate) * up, down)
     out = _narrow(plan, out).reshape(plan.local_experts, plan.shards, block, -1).transpose(1, 0, 2, 3)
     return _exchange(plan, out).reshape(rows.shape)
 
@@ -338,19 +339,19 @@ def _sorted_round(
     from_sorted = jnp.where(local.reshape(-1) < each, here.place, -1)
     grouped = _widen(plan, gather_rows(arrived, to_sorted, from_sorted[:, None]))
     with jax.named_scope("expert_matmul"):
-        gate, up, down = weights
-        hidden = jax.nn.silu(grouped_matmul(grouped, gate, here.counts)) * grouped_matmul(grouped, up, here.counts)
-        out = _narrow(plan, grouped_matmul(hidden, down, here.counts))
+        *inner, down = weights
+        gate, up = (checkpoint_name(grouped_matmul(grouped, w, here.counts), EXPERT_RESULTS) for w in inner)
+        out = _narrow(plan, grouped_matmul(jax.nn.silu(gate) * up, down, here.counts))
     out = gather_rows(out, from_sorted, to_sorted[:, None])
     return _exchange(plan, out.reshape(plan.shards, block, -1)).reshape(rows.shape)
 
 
 def _exchange(plan: _Plan, blocks: Array) -> Array:
     """Block i of the first dimension goes to shard i of the experts, and comes from there."""
-    if plan.shards == 1:
-        return blocks
-    with jax.named_scope("all_to_all"):
-        return lax.all_to_all(blocks, plan.rules.experts, 0, 0, tiled=True)
+    if plan.shards > 1:
+        with jax.named_scope("all_to_all"):
+            blocks = lax.all_to_all(blocks, plan.rules.experts, 0, 0, tiled=True)
+    return checkpoint_name(blocks, EXPERT_RESULTS)
 
 
 def _widen(plan: _Plan, rows: Array) -> Array:

@@ -3,8 +3,8 @@
 Three clocks: the chip computes (matrix products at `MATMUL_EFFICIENCY` of the peak, or bytes at the bandwidth of main
 memory, whichever takes longer), the links carry one collective after the other, and so does the network between slices;
 a collective that was started early costs only what is left of it when its result is wanted. Loops count as often as
-they run. Of a conditional the cheapest branch counts: further rounds of the experts' transport run only where routing
-is uneven.
+they run. Of a conditional the cheapest branch counts, or, on demand, the dearest: further rounds of the experts'
+transport run only where a block of rows is full on some chip.
 """
 
 import math
@@ -101,6 +101,8 @@ class Roofline:
     """How often a loop runs that ends by a value which the program is given or computes."""
     matmul_efficiency: float = MATMUL_EFFICIENCY
     """Share of the peak that matrix products outside kernels reach."""
+    dearest: bool = False
+    """Whether of a conditional the dearest branch counts, not the cheapest."""
 
     def cost(self, module: Module) -> Cost:
         """Cost of a whole program."""
@@ -148,7 +150,8 @@ class Roofline:
             return cost
         if item.opcode == "conditional":
             names = item.called("branch_computations", "true_computation", "false_computation")
-            return min((self._computation(module.computations[name], module) for name in names), key=_seconds)
+            choose = max if self.dearest else min
+            return choose((self._computation(module.computations[name], module) for name in names), key=_seconds)
         if item.opcode == "call":
             return self._computation(module.computations[item.called("to_apply")[0]], module)
         work, moved = flops(item, computation, module), moved_bytes(item, computation, module)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+EXPERT_RESULTS = "experts"
+"""Checkpoint name of the rows that experts take and give back, and of what lies between."""
+
 
 @jax.custom_vjp
 def gather_rows(x: Float[Array, "P D"], index: Int[Array, " Q"], inverse: Int[Array, "P J"]) -> Float[Array, "Q D"]:

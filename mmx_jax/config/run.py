@@ -199,7 +199,9 @@ class StageConfig:
     other_tokenizer: bool = False
     """Allows rows of another tokenizer than the one that the parameters taken over were trained with."""
     remat: str = "none"
-    """Rematerialisation: "none", "attention" (keeps attention outputs), "layer" (keeps only layer inputs), "dots"."""
+    """What the backward pass finds of a layer, from least to most: "layer" (its input), "attention" (the output of
+    attention, too), "dots" (the results of dense weights), "experts" (those of experts, too, and rows that travelled),
+    "none" (everything). What is missing is computed again; softmax attention never is."""
     transport: ExpertTransport = LOSSLESS
     """How routed rows travel on a mesh."""
     split: SequenceSplit = SequenceSplit()
@@ -211,7 +213,7 @@ class StageConfig:
         at_least(self, 1, "sequence_length", "loss_chunk")
         one_of(self, "kind", ("pretrain",))
         one_of(self, "loss", ("next_token",))
-        one_of(self, "remat", ("none", "attention", "layer", "dots"))
+        one_of(self, "remat", ("none", "attention", "layer", "dots", "experts"))
         if unknown := sorted(set(self.keep) - set(KEEP)):
             fail(self, "keep", f"holds {unknown}; allowed are {', '.join(KEEP)}")
         if not self.trainable:

@@ -21,6 +21,7 @@ from mmx_jax.model.norm import rms_norm
 from mmx_jax.model.plan import Section, layer_plan
 from pallas_kernels.softmax import RESULTS as SOFTMAX_RESULTS
 from parallel.lasp import ENTERING_STATE
+from parallel.rows import EXPERT_RESULTS
 from parallel.sharding import constrain
 
 
@@ -48,6 +49,10 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(*KEPT),
+    ),
+    "experts": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(EXPERT_RESULTS, *KEPT),
     ),
 }
 """What the backward pass keeps of a layer; "none" keeps everything."""

@@ -107,7 +107,8 @@ def compile_ahead(target: Target) -> dict[str, Any]:
     roofline = Roofline(target.topology.chip, devices, _kernel_flops(target, mesh), _unknown_loops(target, mesh))
     module = hlo.parse(compiled.as_text())
     slower = replace(roofline, matmul_efficiency=SLOWER_MATMUL).cost(module)
-    return report | estimate(target, roofline.cost(module), slower)
+    dearest = replace(roofline, dearest=True).cost(module)
+    return report | estimate(target, roofline.cost(module), slower, dearest)
 
 
 def does_not_fit(report: dict[str, Any]) -> ConfigError:
@@ -248,9 +249,16 @@ def _grouped_matmul_flops(shapes: Sequence[str]) -> float:
     return 2.0 * math.prod(matrices[0]) * matrices[1][-1] if len(matrices) > 1 else 0.0
 
 
-def estimate(target: Target, cost: Cost, slower: Cost) -> dict[str, Any]:
-    """Speed of a step by the roofline, with slower matrix products beside it, and its collectives by kind."""
+def estimate(target: Target, cost: Cost, slower: Cost, dearest: Cost) -> dict[str, Any]:
+    """Speed of a step by the roofline, and its collectives by kind.
+
+    Beside it the speed with slower matrix products, and with the dearest branch of every conditional.
+    """
     peak = target.topology.chip.peak_flops * target.topology.chips
+
+    def speed(seconds: float) -> dict[str, float]:
+        return {"step_seconds": round(seconds, 3), "mfu": round(target.model_flops / (peak * seconds), 4)}
+
     collectives: dict[str, Any] = {}
     for (kind, how, what), value in cost.collectives.items():
         entry = collectives.setdefault(kind, {"synchronous": 0, "asynchronous": 0, "bytes": 0})
@@ -267,17 +275,13 @@ def estimate(target: Target, cost: Cost, slower: Cost) -> dict[str, Any]:
         "memory_bytes_per_chip": cost.memory_bytes,
         "collectives": collectives,
         "estimate": {
-            "step_seconds": round(cost.seconds, 3),
+            **speed(cost.seconds),
             "computing_seconds": round(cost.seconds - cost.exposed, 3),
             "exposed_collective_seconds": round(cost.exposed, 3),
             "tokens_per_second": round(target.tokens / cost.seconds),
-            "mfu": round(target.model_flops / (peak * cost.seconds), 4),
             "efficiency": {"matmul": MATMUL_EFFICIENCY, "kernels": KERNEL_EFFICIENCY, "memory": MEMORY_EFFICIENCY},
-            "slower_matmul": {
-                "matmul": SLOWER_MATMUL,
-                "step_seconds": round(slower.seconds, 3),
-                "mfu": round(target.model_flops / (peak * slower.seconds), 4),
-            },
+            "slower_matmul": {"matmul": SLOWER_MATMUL} | speed(slower.seconds),
+            "dearest_branches": speed(dearest.seconds),
         },
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
     }

@@ -35,10 +35,8 @@ WEIGHTS = 6
 """How often a layer's gathered weights move, their gradients included, in each micro-batch."""
 GATHERS_EXPOSED = {"tpu": 1.0, "sparse cores": 0.45, "gpu": 0.2}
 """Share of the time of gathers and sums of weights that a step waits."""
-TRAVEL_EXPOSED = {"tpu": 0.4, "sparse cores": 0.25, "gpu": 0.25}
-"""The same of the experts' all-to-alls with several token groups."""
-ALONE_EXPOSED = 0.65
-"""The same with one token group, whose travel nothing but other layers' work can hide."""
+TRAVEL_EXPOSED = 0.6
+"""The same of the experts' all-to-alls with one token group; of several only the first and the last travel alone."""
 SLICES_EXPOSED = 0.5
 """The same of what crosses slices."""
 SPARSE_CORES = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
@@ -220,10 +218,13 @@ class _Paper:
         model, mesh, remat = self.target.config.model, self.target.config.mesh, self.target.stage.remat
         D = model.hidden_size / mesh.tensor
         dense = 0.0 if model.num_experts else (2 * model.ffn_hidden_size + model.hidden_size) / mesh.tensor
+        dots = D + self.attention_width + dense
+        experts = self.ffn_width - self.slots * model.ffn_hidden_size / mesh.tensor if model.num_experts else 0.0
         width = {
             "layer": D,
             "attention": 2 * D,
-            "dots": D + self.attention_width + dense,
+            "dots": dots,
+            "experts": dots + experts,
             "none": D + EVERYTHING * (self.attention_width + self.ffn_width),
         }[remat]
         weights = self.gathered[1] if remat == "none" else 0.0
@@ -268,6 +269,7 @@ class _Paper:
         return {
             "none": (0.0, 0.0, 0.0),
             "dots": (0.0, experts, 1.0),
+            "experts": (0.0, 0.0, 1.0),
             "attention": (0.8, 1.0, 1.0),
             "layer": (1.0, 1.0, 1.0),
         }[self.target.stage.remat]
@@ -317,7 +319,7 @@ class _Paper:
     def exposed(self) -> float:
         """Seconds that a step waits for weights, rows of experts, sums over heads, and other parts of its rows."""
         weights = GATHERS_EXPOSED[self.overlap] * (self.weights() + self.sums())
-        share = TRAVEL_EXPOSED[self.overlap] if self.target.stage.transport.token_groups > 1 else ALONE_EXPOSED
+        share = TRAVEL_EXPOSED / self.target.stage.transport.token_groups
         layers = self.target.config.model.num_layers * (weights + share * self.travel())
         return self.micro_batches * (layers + self.along_rows()) + self.between_slices()
 
@@ -333,7 +335,7 @@ class _Paper:
         mesh, topology = self.target.config.mesh, self.target.topology
         if not self.travels:
             return 0.0
-        journeys = 4 if self.target.stage.remat == "none" else 6
+        journeys = 4 if self.target.stage.remat in ("none", "experts") else 6
         row = BF16 * self.target.config.model.hidden_size / mesh.tensor
         received = journeys * self.slots * self.tokens * row
         if topology.chip.platform == "gpu":

@@ -36,7 +36,7 @@ SHOWN = 12
 """Meshes in the table on paper."""
 MOST_TENSOR, MOST_SEQUENCE = 8, 64
 """Largest axes that are tried."""
-REMAT = ("none", "dots", "attention", "layer")
+REMAT = ("none", "experts", "dots", "attention", "layer")
 Report = dict[str, Any]
 
 

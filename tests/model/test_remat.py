@@ -1,6 +1,8 @@
-"""Rematerialisation: what a policy keeps of softmax attention is not computed again, and no number changes."""
+"""Rematerialisation: what a policy keeps of attention and experts is not computed again, and no number changes."""
 
 import collections
+import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ CONFIG = ModelConfig(
     vocab_size=64, hidden_size=64, layers=("softmax", "softmax"), num_heads=2, num_kv_heads=1, head_dim=128,
     rotary_dim=64, ffn_hidden_size=64, compute_dtype="float32",
 )  # fmt: skip
+EXPERTS = replace(CONFIG, num_experts=4, experts_per_token=2)
 KERNELS = {
     "gpu": {"forward_kernel", "query_gradient_kernel", "key_gradients_kernel"},
     "tpu": {"softmax_forward", "softmax_backward"},
@@ -27,25 +30,30 @@ KERNELS = {
 SPLITS = {"whole rows": (1, IN_ORDER), "gather": (2, SequenceSplit()), "ring": (2, SequenceSplit(exchange="ring"))}
 
 
-def step(remat, split=IN_ORDER):
-    """Loss and gradients of all parameters, jitted, and what to call it with: two documents and padding."""
-    ids = np.repeat([[1, 2, 2, 0]], 16, axis=1).astype(np.int32)
-    tokens, positions, segment_ids = rows(CONFIG, ids)
+def step(remat, split=IN_ORDER, config=CONFIG):
+    """Loss and gradients of all parameters, jitted, and what to call it with: rows of two documents."""
+    ids = np.repeat([[1, 2, 2, 0], [1, 1, 2, 2]], 16, axis=1).astype(np.int32)
+    tokens, positions, segment_ids = rows(config, ids)
     batch = Batch(
         tokens=tokens, targets=np.roll(tokens, -1, axis=1), positions=positions, segment_ids=segment_ids,
         loss_mask=(segment_ids > 0).astype(np.float32), source_id=np.zeros_like(tokens),
     )  # fmt: skip
 
     def loss(params, batch):
-        model = TextModel(CONFIG, params, remat=remat)
+        model = TextModel(config, params, remat=remat)
         return next_token_loss(model, batch, vocab_chunk=64, num_sources=1, split=split)[0]
 
-    return jax.jit(jax.value_and_grad(loss)), (random_params(CONFIG), jax.tree.map(jnp.asarray, batch))
+    return jax.jit(jax.value_and_grad(loss)), (random_params(config), jax.tree.map(jnp.asarray, batch))
+
+
+WORK = ("all_to_all", "dot_general", "ragged_dot_general")
 
 
 def kernels(jaxpr, found):
-    """Counts the kernels of a program by name, those in its inner ones too."""
+    """Counts the kernels of a program by name, its products and all-to-alls too, those in its inner ones as well."""
     for equation in jaxpr.eqns:
+        if equation.primitive.name in WORK:
+            found[equation.primitive.name] += 1
         if equation.primitive.name == "triton_kernel_call":
             found[equation.params["fn"].__name__] += 1
         if equation.primitive.name == "pallas_call":
@@ -56,10 +64,16 @@ def kernels(jaxpr, found):
     return found
 
 
-def step_kernels(remat, ranks, split, platform):
-    with jax.set_mesh(make_mesh({"sequence": ranks}, jax.devices()[:ranks])), dispatch.target(platform, 9.0):
-        function, arguments = step(remat, split)
+def step_work(remat, sizes, platform, split=IN_ORDER, config=CONFIG):
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh), dispatch.target(platform, 9.0):
+        function, arguments = step(remat, split, config)
         return kernels(function.trace(*arguments).jaxpr.jaxpr, collections.Counter())
+
+
+def step_kernels(remat, ranks, split, platform):
+    found = step_work(remat, {"sequence": ranks}, platform, split)
+    return collections.Counter({name: count for name, count in found.items() if name not in WORK})
 
 
 @pytest.mark.parametrize("platform", KERNELS)
@@ -80,12 +94,28 @@ def test_the_count_sees_a_second_forward(monkeypatch):
         assert (forgetful - keeping).total() == 1
 
 
-def test_policies_change_no_number():
+@pytest.mark.parametrize("capacity", [None, 1.25])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_that_are_kept_are_not_computed_again(ranks, capacity):
+    """With "experts" no product or all-to-all comes twice; with "dots" some of both do."""
+    config = replace(EXPERTS, capacity_factor=capacity)
+    every, experts, dots = (
+        step_work(remat, {"expert": ranks}, "tpu", config=config) for remat in ("none", "experts", "dots")
+    )
+    assert not experts - every
+    again = dots - experts
+    assert set(again) <= set(WORK)
+    assert again.total() > 0
+    assert ("all_to_all" in again) == (ranks > 1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, EXPERTS], ids=("dense", "experts"))
+def test_policies_change_no_number(config):
     """Loss and gradients of every policy are those of a step that keeps everything."""
-    function, arguments = step("none")
+    function, arguments = step("none", config=config)
     loss, gradients = function(*arguments)
     for remat in REMAT_POLICIES:
-        again, others = step(remat)[0](*arguments)
+        again, others = step(remat, config=config)[0](*arguments)
         assert abs(again - loss) <= 1e-6 * loss
         for path, gradient in gradients.items():
             assert relative(others[path], gradient) < 1e-5, (remat, path)

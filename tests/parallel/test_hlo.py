@@ -70,3 +70,28 @@ def test_bytes_are_hidden_by_what_runs_meanwhile(
     assert cost.exposed == pytest.approx(0 if hidden else found["seconds"])
     assert 0 < found["seconds"] < 1e-6 < cost.seconds
     assert sum(value for (*_, what), value in cost.collectives.items() if what == "count") == 1
+
+
+BRANCHES = """
+%skipped (p: bf16[4096,4096]) -> bf16[4096,4096] {
+  ROOT %p = bf16[4096,4096]{1,0} parameter(0)
+}
+
+%taken (q: bf16[4096,4096]) -> bf16[4096,4096] {
+  %q = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %m = bf16[4096,4096]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (c: pred[], x: bf16[4096,4096]) -> bf16[4096,4096] {
+  %c = pred[] parameter(0)
+  %x = bf16[4096,4096]{1,0} parameter(1)
+  ROOT %r = bf16[4096,4096]{1,0} conditional(%c, %x, %x), true_computation=%taken, false_computation=%skipped
+}
+"""
+
+
+@pytest.mark.parametrize(("dearest", "products"), [(False, 0), (True, 1)])
+def test_one_branch_of_a_conditional_counts(dearest: bool, products: int) -> None:
+    """The cheapest, or the dearest: such is the further round of the experts' transport."""
+    roofline = Roofline(CHIPS["h100"], jax.devices()[:1], lambda item, shapes: 0.0, dearest=dearest)
+    assert roofline.cost(hlo.parse(BRANCHES)).flops == products * 2 * 4096**3

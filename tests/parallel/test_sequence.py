@@ -113,7 +113,7 @@ CASES = [
     (CONFIG, {"sequence": 8}, "zigzag", "ring", "layer"),
     (CONFIG, {"data": 2, "sequence": 2, "tensor": 2}, "zigzag", "gather", "none"),
     (CONFIG, {"data": 2, "sequence": 4}, "contiguous", "gather", "attention"),
-    (EXPERTS, {"expert": 2, "sequence": 2, "tensor": 2}, "zigzag", "gather", "none"),
+    (EXPERTS, {"expert": 2, "sequence": 2, "tensor": 2}, "zigzag", "gather", "experts"),
 ]
 MATRIX = [
     (config, sizes, order, exchange, remat)

@@ -149,7 +149,7 @@ def test_a_mesh_computes_what_one_device_computes(sizes: dict[str, int], capfd: 
 @pytest.mark.parametrize(
     ("model", "sizes", "settings"),
     [
-        (DROPLESS, {"data": 2, "expert": 2, "tensor": 2}, {"block_factor": ONE_ROUND}),
+        (DROPLESS, {"data": 2, "expert": 2, "tensor": 2}, {"block_factor": ONE_ROUND, "remat": "experts"}),
         (MODEL, {"fsdp": 2, "expert": 4}, {"block_factor": 0.5, "token_groups": 2, "remat": "layer"}),
     ],
     ids=("dropless", "several rounds and groups, rematerialised"),

@@ -228,7 +228,9 @@ class TestGpus:
         assert memory["hbm"] == 80 * 10**9
         assert report["program_flops_per_chip"] > report["flops_per_step"] / 4
         assert "all-to-all" in report["collectives"]
-        assert 0 < report["estimate"]["slower_matmul"]["mfu"] <= report["estimate"]["mfu"] < 1
+        speed = report["estimate"]
+        assert 0 < speed["slower_matmul"]["mfu"] <= speed["mfu"] < 1
+        assert speed["step_seconds"] <= speed["dearest_branches"]["step_seconds"]
 
 
 def test_compiler_options_are_checked() -> None:
