@@ -21,7 +21,8 @@ described, compiled ahead of time and checked at its full size (docs/scaling.md 
 
 From the report: shape, Xavier with the DeepNorm gain, AdamW (0.9, 0.95), weight decay 0.1, rows of 8,192, the batch of
 16M / 32M / 64M / 128M tokens, 500 steps of warm-up, the learning rate 2e-4 / 1.3e-4 / exponentially to 3e-5, the
-load-balancing coefficient 0.01. Not published, so ours: capacity factor 1.25, clip 1.0, AdamW's eps, the mesh.
+load-balancing coefficient 0.01. Not published, so ours: capacity factor 1.25, clip 1.0, AdamW's eps, the mesh, and how
+rows reach their experts: in one round, which may lose a few of them (`lost_rate`; docs/scaling.md, "Which blocks").
 
 The RoPE base is 10,000, as in pre-training; context extension raises it to 5e6 and 1e7, and the RELEASED weights need
 1e7 (`--config.model.rope_base=1e7`). "context_1m" is a step of that extension; its stage is meant to go on from weights
@@ -149,7 +150,7 @@ def pretraining() -> RunConfig:
             ),
         ),
         remat="experts",
-        transport=ExpertTransport(block_factor=1.25, max_rounds=1, token_groups=4),
+        transport=ExpertTransport(block_factor=2.0, max_rounds=1, bucket_factor=1.25, token_groups=4),
     )
     return RunConfig(
         name="minimax_text_01",

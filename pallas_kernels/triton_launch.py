@@ -49,7 +49,7 @@ def launch(
 ) -> tuple[jax.Array, ...]:
     """Calls one Triton kernel, compiled for the GPU at hand or for the target of `dispatch.target`.
 
-    Under `jax.vmap` it is called for one after another.
+    Under `jax.vmap` it is called for one element after another.
 
     Args:
         kernel: made by `triton.jit`; its parameters are the operands, the outputs, then the constants.

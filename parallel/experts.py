@@ -16,13 +16,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import varying_like
 from pallas_kernels.grouped_matmul import grouped_matmul
-from parallel.rows import EXPERT_RESULTS, Queues, combine_slots, fill_blocks, gather_rows, gather_slots, queues
+from parallel.rows import (
+    Queues,
+    combine_slots,
+    fill_blocks,
+    forget,
+    gather_rows,
+    gather_slots,
+    keep_for_backward,
+    queues,
+)
 from parallel.sharding import DEFAULT_RULES, Rules, ShardingError
 from parallel.stripes import gather_stripes, own_stripes, split
 
@@ -34,7 +42,7 @@ class Mixed(NamedTuple):
     dropped: Float[Array, ""]
     """Share of routed slots over capacity."""
     lost: Float[Array, ""]
-    """Share of routed slots that found no place in a transport block."""
+    """Share of routed slots that found no place in a transport block or in their expert's bucket."""
 
 
 def expert_capacity(share: Fraction, tokens: int | Int[Array, ""]) -> int | Int[Array, ""]:
@@ -55,6 +63,7 @@ def mix_experts(
     order: str = "contiguous",
     block_factor: float = 1.5,
     max_rounds: int | None = None,
+    bucket_factor: float | None = None,
     token_groups: int = 1,
     rules: Rules = DEFAULT_RULES,
 ) -> Mixed:
@@ -73,13 +82,19 @@ def mix_experts(
       block_factor: rows of a transport block over the rows that it carries when the routing is balanced.
       max_rounds: all-to-alls per token group at most; rows that then still wait are lost and counted. None goes on
         until none waits.
+      bucket_factor: with capacity and one round, rows that an expert multiplies over those that it gets when the
+        routing is balanced: what arrives is laid together, and rows beyond are lost and counted. None multiplies
+        whole blocks.
       token_groups: parts of a device's tokens that travel one after the other, so that the matmuls of one can hide
         the travel of another.
       rules: the mesh axes.
 
     Raises:
       ShardingError: a size does not divide by its mesh axes; names both.
+      ValueError: a bucket factor where further rounds may follow.
     """
+    if bucket_factor is not None and max_rounds != 1:
+        raise ValueError(f"bucket_factor = {bucket_factor} loses rows for good, and needs max_rounds = 1")
     mesh = jax.sharding.get_abstract_mesh()
     _check_sizes(mesh, rules, x.shape, weights[0].shape)
     tokens, shards = x.shape[0] * x.shape[1], _ways(mesh, rules.experts)
@@ -88,7 +103,7 @@ def mix_experts(
         raise ShardingError(f"the {each} tokens of a device do not divide by token_groups = {token_groups}")
     most = each // token_groups if share is None else min(each // token_groups, int(expert_capacity(share, tokens)))
     plan = _Plan(rules, weights[0].shape[0], shards, expert.shape[2], share, scope == "global", order, block_factor,
-                 max_rounds, token_groups, most)  # fmt: skip
+                 max_rounds, bucket_factor, token_groups, most)  # fmt: skip
     cells = PartitionSpec(rules.batch, rules.sequence)
     into, outof = (rules.spec(("experts", *inner)) for inner in (_INTO, _INTO[::-1]))
     rows = PartitionSpec(rules.batch, rules.sequence, rules.expert_ffn)
@@ -118,6 +133,7 @@ class _Plan:
     order: str
     block_factor: float
     max_rounds: int | None
+    bucket_factor: float | None
     groups: int
     most: int
     """Slots of one expert that can wait in a token group."""
@@ -162,8 +178,9 @@ def _local(
         kept = _kept(plan, expert, real)
         expert = jnp.where(kept, expert, E).reshape(plan.groups, -1, k)
         journeys = [_journey(plan, expert[g]) for g in range(plan.groups)]
-        lost = sum(journey.lost for journey in journeys)
-        kept_slots, lost = lax.psum((kept.sum(dtype=jnp.int32), lost), plan.everywhere)
+        buckets = _buckets(plan, journeys)
+        lost = sum(part.lost for part in (*journeys, *buckets) if part is not None)
+        kept_slots, lost = map(keep_for_backward, lax.psum((kept.sum(dtype=jnp.int32), lost), plan.everywhere))
         fullest = _fullest(plan, journeys)
     with jax.named_scope("gather_weights"):
         # Marked before they are gathered as used with other tokens on every device, so that their gradients are added
@@ -171,9 +188,12 @@ def _local(
         weights = tuple(varying_like(w, x) for w in weights)
         weights = tuple(_gathered(w, axis, plan.rules.expert_embed) for w, axis in zip(weights, (1, 1, 2)))
     # The few numbers above are added up before rows travel: later they would wait for the links behind them.
-    x, kept_slots, lost, fullest = lax.optimization_barrier((x, kept_slots, lost, fullest))
+    x, kept_slots, lost, *_ = lax.optimization_barrier((x, kept_slots, lost, fullest, buckets))
     parts = (x.reshape(plan.groups, -1, width), weight.reshape(plan.groups, -1, k))
-    mixed = [_group(plan, weights, journeys[g], fullest[g], *(part[g] for part in parts)) for g in range(plan.groups)]
+    mixed = [
+        _group(plan, weights, journeys[g], buckets[g], fullest[g], *(part[g] for part in parts))
+        for g in range(plan.groups)
+    ]
     return jnp.concatenate(mixed).reshape(b, t, width), 1.0 - kept_slots / routed, lost / routed
 
 
@@ -221,9 +241,9 @@ def _gathered(w: Array, axis: int, mesh_axes: tuple[str, ...]) -> Array:
 class _Journey(NamedTuple):
     """Which slots of a group of tokens travel where, and in how many rounds.
 
-    With capacity every expert has its block, and the blocks are one batched matmul. Dropless routing is less even: a
-    shard of experts has one block, whose rows are sorted by expert where they arrive. So it is where nothing travels,
-    with or without capacity: one block then holds all that can wait.
+    With capacity every expert has its block, and blocks, or the buckets of what they bring, are one batched matmul.
+    Dropless routing is less even: a shard of experts has one block, whose rows are sorted by expert where they arrive.
+    So it is where nothing travels, with or without capacity: one block then holds all that can wait.
     """
 
     waiting: Queues
@@ -260,36 +280,92 @@ def _journey(plan: _Plan, expert: Int[Array, "t k"]) -> _Journey:
     return _Journey(waiting, bins, starts, counts, block, rounds, jnp.maximum(counts - rounds * block, 0).sum())
 
 
+class _Bucket(NamedTuple):
+    """How the rows of the blocks that reach a device's experts are laid together: those of each, without gaps."""
+
+    source: Int[Array, "e R"]
+    """Of each row of the buckets, the one of the blocks that fills it; -1 for none."""
+    place: Int[Array, "s e C"]
+    """Of each row of the blocks, its place in the buckets; -1 for none."""
+    lost: Int[Array, ""]
+    """Rows of this device's experts beyond their buckets."""
+
+
+def _buckets(plan: _Plan, journeys: Sequence[_Journey]) -> list[_Bucket | None]:
+    """By group; None where whole blocks are multiplied."""
+    block = journeys[0].block
+    all_rows, experts = plan.shards * block, plan.local_experts
+    rows = all_rows
+    if plan.bucket_factor is not None and _by_expert(plan):
+        tokens = journeys[0].bins.shape[0] * plan.shards
+        rows = _balanced_rows(plan.bucket_factor, tokens * plan.experts_per_token, plan.num_experts)
+    if rows >= all_rows:
+        return [None] * plan.groups
+    sent = jnp.stack([jnp.minimum(journey.counts, block).reshape(plan.shards, experts) for journey in journeys])
+    arriving = keep_for_backward(lax.all_to_all(sent, plan.rules.experts, 1, 1, tiled=True))
+    return [_bucket(counts, block, rows) for counts in arriving]
+
+
+def _bucket(arriving: Int[Array, "s e"], block: int, rows: int) -> _Bucket:
+    experts = arriving.shape[1]
+    after = jnp.cumsum(arriving, axis=0)
+    before, total = after - arriving, after[-1]
+    row, wanted = jnp.arange(block, dtype=jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+    number = before[:, :, None] + row
+    first = rows * jnp.arange(experts, dtype=jnp.int32)[:, None]
+    place = jnp.where((row < arriving[:, :, None]) & (number < rows), first + number, -1)
+    shard = (after[:, :, None] <= wanted).sum(axis=0, dtype=jnp.int32)
+    shard = jnp.minimum(shard, arriving.shape[0] - 1)
+    own = jnp.arange(experts, dtype=jnp.int32)[:, None]
+    source = (shard * experts + own) * block + wanted - before[shard, own]
+    return _Bucket(jnp.where(wanted < total[:, None], source, -1), place, jnp.maximum(total - rows, 0).sum())
+
+
 def _fullest(plan: _Plan, journeys: Sequence[_Journey]) -> Int[Array, " g"]:
     """By group the highest count of any block of any device; zeros where one round is enough for all."""
     if all(journey.rounds == 1 for journey in journeys):
         return jnp.zeros(len(journeys), jnp.int32)
-    return lax.pmax(jnp.stack([journey.counts.max() for journey in journeys]), plan.everywhere)
+    counts = jnp.stack([journey.counts.max() for journey in journeys])
+    return keep_for_backward(lax.pmax(counts, plan.everywhere))
 
 
 def _group(
-    plan: _Plan, weights: tuple[Array, ...], journey: _Journey, fullest: Array, x: Array, weight: Array
+    plan: _Plan,
+    weights: tuple[Array, ...],
+    journey: _Journey,
+    bucket: _Bucket | None,
+    fullest: Array,
+    x: Array,
+    weight: Array,
 ) -> Array:
     """Sends one group of tokens to its experts and back, in as many rounds as it takes.
 
     `fullest` is the highest count of any block of any device.
     """
-    block, one_block = journey.block, _bucket_round if _by_expert(plan) else _sorted_round
+    block = journey.block
 
-    def one(number: Array) -> Array:
+    def one(number: Array, keep: _Keep = forget) -> Array:
         first = number * block
         blocks = fill_blocks(journey.waiting, journey.starts, journey.counts, journey.bins, block, first)
-        rows = one_block(plan, weights, gather_slots(x, blocks), journey.waiting, first, block)
-        return combine_slots(rows, blocks, weight)
+        rows = gather_slots(x, blocks)
+        if _by_expert(plan):
+            rows = _bucket_round(plan, weights, rows, bucket, block, keep)
+        else:
+            rows = _sorted_round(plan, weights, rows, journey.waiting, first, block, keep)
+        return combine_slots(rows, blocks, weight, keep)
 
-    out = one(jnp.int32(0))
+    out = one(jnp.int32(0), keep_for_backward)
     return out + _further_rounds(one, out, journey.rounds, -(-fullest // block)) if journey.rounds > 1 else out
 
 
 def _block_rows(plan: _Plan, tokens: int, bins: int, most: int) -> int:
     """Rows of a block: the balanced load times the block factor, a multiple of 8, at most what can wait."""
-    balanced = Fraction(str(plan.block_factor)) * tokens * plan.experts_per_token / bins
-    return min(-(-math.ceil(balanced) // 8) * 8, most)
+    return min(_balanced_rows(plan.block_factor, tokens * plan.experts_per_token, bins), most)
+
+
+def _balanced_rows(factor: float, slots: int, bins: int) -> int:
+    """A factor times what each of some bins gets when slots are spread evenly, a multiple of 8."""
+    return -(-math.ceil(Fraction(str(factor)) * slots / bins) // 8) * 8
 
 
 def _further_rounds(one: Callable[[Array], Array], like: Array, rounds: int, needed: Int[Array, ""]) -> Array:
@@ -307,40 +383,64 @@ def _further_rounds(one: Callable[[Array], Array], like: Array, rounds: int, nee
     return lax.cond(needed > 1, lambda: lax.scan(step, zeros, numbers)[0], lambda: zeros)
 
 
+_Keep = Callable[[Array], Array]
+"""`keep_for_backward` in the first round; `forget` in further ones, which would keep theirs whether needed or not."""
+
+
 def _bucket_round(
-    plan: _Plan, weights: tuple[Array, ...], rows: Float[Array, "R w"], waiting: Queues, first: Array, block: int
+    plan: _Plan,
+    weights: tuple[Array, ...],
+    rows: Float[Array, "R w"],
+    bucket: _Bucket | None,
+    block: int,
+    keep: _Keep,
 ) -> Float[Array, "R w"]:
     """Sends a block for each expert, multiplies, and sends back."""
-    del waiting, first
-    arrived = _exchange(plan, rows.reshape(plan.shards, plan.local_experts, block, -1))
-    buckets = _widen(plan, arrived.transpose(1, 0, 2, 3).reshape(plan.local_experts, plan.shards * block, -1))
+    width, experts = rows.shape[1], plan.local_experts
+    arrived = _exchange(plan, rows.reshape(plan.shards, experts, block, width))
+    if bucket is None:
+        buckets = arrived.transpose(1, 0, 2, 3).reshape(experts, plan.shards * block, width)
+    else:
+        source, place = bucket.source.reshape(-1), bucket.place.reshape(-1)
+        buckets = gather_rows(arrived.reshape(-1, width), source, place[:, None]).reshape(experts, -1, width)
+    buckets = _widen(plan, keep(buckets))
     with jax.named_scope("expert_matmul"):
         dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None)
         *inner, down = weights
-        gate, up = (checkpoint_name(dot("ECD,EDF->ECF", buckets, w), EXPERT_RESULTS) for w in inner)
+        gate, up = (keep(dot("ECD,EDF->ECF", buckets, w)) for w in inner)
         out = dot("ECF,EFD->ECD", jax.nn.silu(gate) * up, down)
-    out = _narrow(plan, out).reshape(plan.local_experts, plan.shards, block, -1).transpose(1, 0, 2, 3)
+    out = _narrow(plan, out)
+    if bucket is None:
+        out = out.reshape(experts, plan.shards, block, width).transpose(1, 0, 2, 3)
+    else:
+        out = gather_rows(out.reshape(-1, width), place, source[:, None]).reshape(arrived.shape)
     return _exchange(plan, out).reshape(rows.shape)
 
 
 def _sorted_round(
-    plan: _Plan, weights: tuple[Array, ...], rows: Float[Array, "R w"], waiting: Queues, first: Array, block: int
+    plan: _Plan,
+    weights: tuple[Array, ...],
+    rows: Float[Array, "R w"],
+    waiting: Queues,
+    first: Array,
+    block: int,
+    keep: _Keep,
 ) -> Float[Array, "R w"]:
     """Sends a block for each shard of experts, sorts what arrives by expert, multiplies, and sends back."""
     each = plan.local_experts
     counts = waiting.counts.reshape(-1, each)
     ends = jnp.clip(jnp.cumsum(counts, axis=1) - first, 0, block)
-    ends = _exchange(plan, ends)
+    ends = keep(_exchange(plan, ends))
     arrived = _exchange(plan, rows.reshape(plan.shards, block, -1)).reshape(plan.shards * block, -1)
     local = (jnp.arange(block, dtype=jnp.int32)[None, :, None] >= ends[:, None, :]).sum(axis=2, dtype=jnp.int32)
     here = queues(local.reshape(-1, 1), each)
     filled = jnp.arange(here.order.size) < here.counts.sum()
     to_sorted = jnp.where(filled, here.order, -1)
     from_sorted = jnp.where(local.reshape(-1) < each, here.place, -1)
-    grouped = _widen(plan, gather_rows(arrived, to_sorted, from_sorted[:, None]))
+    grouped = _widen(plan, keep(gather_rows(arrived, to_sorted, from_sorted[:, None])))
     with jax.named_scope("expert_matmul"):
         *inner, down = weights
-        gate, up = (checkpoint_name(grouped_matmul(grouped, w, here.counts), EXPERT_RESULTS) for w in inner)
+        gate, up = (keep(grouped_matmul(grouped, w, here.counts)) for w in inner)
         out = _narrow(plan, grouped_matmul(jax.nn.silu(gate) * up, down, here.counts))
     out = gather_rows(out, from_sorted, to_sorted[:, None])
     return _exchange(plan, out.reshape(plan.shards, block, -1)).reshape(rows.shape)
@@ -348,10 +448,10 @@ def _sorted_round(
 
 def _exchange(plan: _Plan, blocks: Array) -> Array:
     """Block i of the first dimension goes to shard i of the experts, and comes from there."""
-    if plan.shards > 1:
-        with jax.named_scope("all_to_all"):
-            blocks = lax.all_to_all(blocks, plan.rules.experts, 0, 0, tiled=True)
-    return checkpoint_name(blocks, EXPERT_RESULTS)
+    if plan.shards == 1:
+        return blocks
+    with jax.named_scope("all_to_all"):
+        return lax.all_to_all(blocks, plan.rules.experts, 0, 0, tiled=True)
 
 
 def _widen(plan: _Plan, rows: Array) -> Array:

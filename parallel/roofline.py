@@ -4,7 +4,7 @@ Three clocks: the chip computes (matrix products at `MATMUL_EFFICIENCY` of the p
 memory, whichever takes longer), the links carry one collective after the other, and so does the network between slices;
 a collective that was started early costs only what is left of it when its result is wanted. Loops count as often as
 they run. Of a conditional the cheapest branch counts, or, on demand, the dearest: further rounds of the experts'
-transport run only where a block of rows is full on some chip.
+transport run only where a block of rows overflows on some chip.
 """
 
 import math

@@ -1,13 +1,25 @@
 """Gathers of rows, and the order in which routed slots wait for their experts."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 EXPERT_RESULTS = "experts"
-"""Checkpoint name of the rows that experts take and give back, and of what lies between."""
+"""Checkpoint name of the rows that experts take, of what they make of them, and of the rows that tokens get back."""
+
+
+def keep_for_backward(x: Array) -> Array:
+    """Gives an array the name by which a policy of rematerialisation may keep it."""
+    return checkpoint_name(x, EXPERT_RESULTS)
+
+
+def forget(x: Array) -> Array:
+    """Leaves an array without a name."""
+    return x
 
 
 @jax.custom_vjp
@@ -108,7 +120,12 @@ def gather_slots(x: Float[Array, "M D"], blocks: Blocks) -> Float[Array, "R D"]:
     return gather_rows(x, token, blocks.row)
 
 
-def combine_slots(out: Float[Array, "R D"], blocks: Blocks, weight: Float[Array, "M k"]) -> Float[Array, "M D"]:
+def combine_slots(
+    out: Float[Array, "R D"],
+    blocks: Blocks,
+    weight: Float[Array, "M k"],
+    keep: Callable[[Array], Array] = keep_for_backward,
+) -> Float[Array, "M D"]:
     """Sums the rows of each token's slots with their weights; a slot that is in no block adds nothing."""
-    picked = gather_rows(out, blocks.row.reshape(-1), blocks.slot[:, None]).reshape(*blocks.row.shape, -1)
+    picked = keep(gather_rows(out, blocks.row.reshape(-1), blocks.slot[:, None])).reshape(*blocks.row.shape, -1)
     return jnp.einsum("MkD,Mk->MD", picked, weight.astype(picked.dtype))

@@ -139,12 +139,18 @@ class ExpertTransport:
     """Rows of an all-to-all block over the rows that it carries when the routing is balanced."""
     max_rounds: int | None = None
     """All-to-alls per token group at most; rows that still wait then are lost and counted. None loses none."""
+    bucket_factor: float | None = None
+    """With a capacity and one round: rows that an expert multiplies over those that it gets when the routing is
+    balanced. What arrives is laid together, without the empty rows of blocks; rows beyond are lost and counted. None
+    multiplies whole blocks, and so does a factor that blocks do not exceed."""
     token_groups: int = 1
     """Parts of a device's tokens that travel one after the other; the matmuls of one can hide the travel of another."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_rounds", "token_groups")
-        positive(self, "block_factor")
+        positive(self, "block_factor", "bucket_factor")
+        if self.bucket_factor is not None and self.max_rounds != 1:
+            fail(self, "bucket_factor", "loses rows for good: needs max_rounds = 1, or must be None")
 
 
 LOSSLESS = ExpertTransport()

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mmx_jax.config import LOSSLESS, ExpertTransport, ModelConfig
 from mmx_jax.model.dot import DotPolicy, Weight
 from pallas_kernels.grouped_matmul import grouped_matmul
 from parallel.experts import Mixed, expert_capacity, mix_experts
-from parallel.rows import EXPERT_RESULTS, Blocks, Queues, combine_slots, fill_blocks, gather_slots, queues
+from parallel.rows import Blocks, Queues, combine_slots, fill_blocks, gather_slots, keep_for_backward, queues
 
 
 class RouterStats(NamedTuple):
@@ -134,10 +133,10 @@ class Experts(nnx.Module):
     ) -> Float[Array, "M D"]:
         """Every routed slot is computed: rows sorted by expert, one grouped matmul per weight."""
         blocks = Blocks(waiting.order, waiting.place.reshape(expert.shape))
-        rows = _kept(gather_slots(x, blocks))
+        rows = keep_for_backward(gather_slots(x, blocks))
         *inner, down = self._weights()
-        gate, up = (_kept(grouped_matmul(rows, w, waiting.counts)) for w in inner)
-        out = _kept(grouped_matmul(jax.nn.silu(gate) * up, down, waiting.counts))
+        gate, up = (keep_for_backward(grouped_matmul(rows, w, waiting.counts)) for w in inner)
+        out = grouped_matmul(jax.nn.silu(gate) * up, down, waiting.counts)
         return combine_slots(out, blocks, jnp.where(expert < self.num_experts, weight, 0.0))
 
     def _with_capacity(
@@ -151,15 +150,12 @@ class Experts(nnx.Module):
         capacity = expert_capacity(share, routed // self.experts_per_token)
         kept = jnp.minimum(waiting.counts, jnp.minimum(capacity, bucket))
         blocks = fill_blocks(waiting, waiting.starts, kept, expert, bucket)
-        rows = _kept(gather_slots(x, blocks)).reshape(E, bucket, -1)
-        gate, up = (_kept(self.dot.einsum("ECD,EDF->ECF", rows, w[...])) for w in (self.gate, self.up))
-        out = _kept(self.dot.einsum("ECF,EFD->ECD", jax.nn.silu(gate) * up, self.down[...]))
+        rows = keep_for_backward(gather_slots(x, blocks)).reshape(E, bucket, -1)
+        inner = (self.dot.einsum("ECD,EDF->ECF", rows, w[...]) for w in (self.gate, self.up))
+        gate, up = map(keep_for_backward, inner)
+        out = self.dot.einsum("ECF,EFD->ECD", jax.nn.silu(gate) * up, self.down[...])
         mixed = combine_slots(out.reshape(E * bucket, -1), blocks, weight)
         return mixed, 1.0 - kept.sum() / jnp.maximum(routed, 1)
-
-
-def _kept(x: Array) -> Array:
-    return checkpoint_name(x, EXPERT_RESULTS)
 
 
 class SwiGLU(nnx.Module):

@@ -1,7 +1,7 @@
 """A training step weighed on paper: memory of a chip by part and seconds, from sizes alone, without compiling.
 
-It follows what the compiled steps of docs/data/ahead_of_time.jsonl need and cost by the same roofline, most within 15%
-(docs/scaling.md): good enough to choose which meshes to compile, no substitute for compiling them.
+It follows what the compiled steps of docs/data/ahead_of_time.jsonl need within 20%, and cost by the same roofline within
+5%, but for v6e 20% (docs/scaling.md): good enough to choose which meshes to compile, no substitute for compiling them.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,6 @@ WEIGHTS = 6
 """How often a layer's gathered weights move, their gradients included, in each micro-batch."""
 GATHERS_EXPOSED = {"tpu": 1.0, "sparse cores": 0.45, "gpu": 0.2}
 """Share of the time of gathers and sums of weights that a step waits."""
-TRAVEL_EXPOSED = 0.6
-"""The same of the experts' all-to-alls with one token group; of several only the first and the last travel alone."""
 SLICES_EXPOSED = 0.5
 """The same of what crosses slices."""
 SPARSE_CORES = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
@@ -147,11 +145,19 @@ class _Paper:
 
     @property
     def slots(self) -> float:
-        """Rows of experts' work that a token makes, with the empty ones of transport blocks."""
-        model = self.target.config.model
+        """Rows that experts multiply for a token, with empty ones."""
+        model, transport = self.target.config.model, self.target.stage.transport
         if not model.num_experts:
             return 1.0
-        return model.experts_per_token * (self.target.stage.transport.block_factor if self.travels else 1.0)
+        factor = transport.block_factor if self.travels else 1.0
+        if self.travels and transport.bucket_factor is not None and model.capacity_factor is not None:
+            factor = min(factor, transport.bucket_factor)
+        return model.experts_per_token * factor
+
+    @property
+    def travelling(self) -> float:
+        """Rows that travel for a token, with the empty ones of transport blocks."""
+        return self.target.config.model.experts_per_token * self.target.stage.transport.block_factor
 
     @property
     def travels(self) -> bool:
@@ -219,7 +225,8 @@ class _Paper:
         D = model.hidden_size / mesh.tensor
         dense = 0.0 if model.num_experts else (2 * model.ffn_hidden_size + model.hidden_size) / mesh.tensor
         dots = D + self.attention_width + dense
-        experts = self.ffn_width - self.slots * model.ffn_hidden_size / mesh.tensor if model.num_experts else 0.0
+        rows = self.slots * (model.hidden_size + 2 * model.ffn_hidden_size)  # in, gate, up
+        experts = (rows + model.experts_per_token * model.hidden_size) / mesh.tensor if model.num_experts else 0.0
         width = {
             "layer": D,
             "attention": 2 * D,
@@ -319,8 +326,8 @@ class _Paper:
     def exposed(self) -> float:
         """Seconds that a step waits for weights, rows of experts, sums over heads, and other parts of its rows."""
         weights = GATHERS_EXPOSED[self.overlap] * (self.weights() + self.sums())
-        share = TRAVEL_EXPOSED / self.target.stage.transport.token_groups
-        layers = self.target.config.model.num_layers * (weights + share * self.travel())
+        travel = self.travel() / self.target.stage.transport.token_groups  # the first and the last: nothing hides them
+        layers = self.target.config.model.num_layers * (weights + travel)
         return self.micro_batches * (layers + self.along_rows()) + self.between_slices()
 
     def weights(self) -> float:
@@ -337,7 +344,7 @@ class _Paper:
             return 0.0
         journeys = 4 if self.target.stage.remat in ("none", "experts") else 6
         row = BF16 * self.target.config.model.hidden_size / mesh.tensor
-        received = journeys * self.slots * self.tokens * row
+        received = journeys * self.travelling * self.tokens * row
         if topology.chip.platform == "gpu":
             return received / topology.chip.ici_bandwidth
         hops = min(mesh.expert, max(topology.shape)) / 4  # on a ring, on average

@@ -30,7 +30,7 @@ from parallel.topology import TopologyError
 
 ATTEMPTS = 3
 """For each candidate that is to be compiled so many may be tried: the compiler may refuse some."""
-FILLED = 0.9
+FILLED = 0.97
 """Share of a chip's memory that a candidate may need on paper."""
 SHOWN = 12
 """Meshes in the table on paper."""
@@ -99,13 +99,14 @@ def _fitting(target: Target, found: Sequence[Candidate]) -> list[Candidate]:
 def candidates(target: Target) -> Iterator[Candidate]:
     """All meshes whose sizes divide what they split, with each policy and each micro-batch that divides the steps."""
     micro_batches = _divisors(math.gcd(*(sequences for _, sequences in target.stage.batch.ramp)))
+    policies = [remat for remat in REMAT if remat != "experts" or target.config.model.num_experts]
     for sizes in _meshes(target):
         try:
             state = state_bytes(_changed(target, sizes, REMAT[0], micro_batches[0]))
         except (ShardingError, ConfigError):
             continue
         for micro_batch in micro_batches:
-            these = [_changed(target, sizes, remat, micro_batch) for remat in REMAT]
+            these = [_changed(target, sizes, remat, micro_batch) for remat in policies]
             with suppress(ShardingError):
                 check_batch(these[0])
                 yield from (weigh(one, state) for one in these)

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 FREE_OF_RUN = ("name", "mesh", "compiler", "checkpoint", "evaluation", "logging", "report", "workdir")
 FREE_OF_STAGE = ("remat", "split", "transport", "loss_chunk", "init_from", "keep", "other_tokenizer")
-"""Settings that may change when a run goes on: they do not decide what is learned from which rows."""
+"""Settings that may change when a run goes on: they do not decide what is learned from which rows, but for the few
+routed slots that `transport` may lose."""
 
 
 @dataclass(frozen=True)

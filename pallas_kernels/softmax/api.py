@@ -74,7 +74,7 @@ def softmax_attention(
 
     The softmax is fp32. Differentiable in q, k and v, also through the returned log-sum-exp, so that partial results
     over pieces of the keys may be merged (model.md section 5; INV-17, INV-21, INV-36, INV-39). Under `jax.vmap`
-    GPUs compute one after another: give batches to B instead.
+    a GPU computes one element after another; B is the dimension for batches.
 
     Args:
         q, k, v: bf16, fp16, fp32 or fp64, of one dtype; K divides N. They must be finite, keys that no query sees too.

@@ -34,28 +34,30 @@ def _norm_gate(x: jax.Array) -> jax.Array:
     return norm_gate(x, -x, jnp.ones(x.shape[2:], jnp.float32), 1e-6)
 
 
-CALLS: dict[str, tuple[Callable[[jax.Array], Any], jax.Array]] = {
-    "softmax": (_gradient(_softmax), _normal(3, 1, 64, 4, 64)),
-    "norm_gate": (_gradient(_norm_gate), _normal(3, 1, 32, 4, 64)),
+CALLS: dict[str, tuple[Callable[[jax.Array], Any], jax.Array, int]] = {
+    "softmax": (_gradient(_softmax), _normal(3, 1, 64, 4, 64), 3),
+    "norm_gate": (_gradient(_norm_gate), _normal(3, 1, 32, 4, 64), 2),
     "grouped_matmul": (
         lambda x: grouped_matmul(x, jnp.ones((2, 64, 64), x.dtype), jnp.array([3, 5], jnp.int32)),
         _normal(3, 8, 64),
+        1,
     ),
     "decode_step": (
         lambda x: decode_step(x, x, x, jnp.ones((2, 4, 128, 128)), jnp.full(4, 0.1)),
         _normal(3, 2, 4, 128),
+        1,
     ),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_vmapped_calls_equal_calls_one_by_one(name: str) -> None:
-    """On the platform at hand; and a kernel is what is lowered for a GPU."""
-    call, x = CALLS[name]
+    """On the platform at hand; and all kernels are there in what is lowered for a GPU."""
+    call, x, launches = CALLS[name]
     together = jax.vmap(call)(x)
     each = jax.tree.map(lambda *parts: jnp.stack(parts), *(call(part) for part in x))
     for found, expected in zip(jax.tree.leaves(together), jax.tree.leaves(each), strict=True):
         np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=2e-2, atol=2e-2)
     with dispatch.target("gpu", 9.0):
         text = jax.jit(jax.vmap(call)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    assert "triton_kernel_call" in text
+    assert text.count("triton_kernel_call") == launches

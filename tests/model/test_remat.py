@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx_jax.config import IN_ORDER, ModelConfig, SequenceSplit
+from mmx_jax.config import IN_ORDER, LOSSLESS, ExpertTransport, ModelConfig, SequenceSplit
 from mmx_jax.data import Batch
 from mmx_jax.model import TextModel
 from mmx_jax.model.text import REMAT_POLICIES
@@ -30,7 +30,7 @@ KERNELS = {
 SPLITS = {"whole rows": (1, IN_ORDER), "gather": (2, SequenceSplit()), "ring": (2, SequenceSplit(exchange="ring"))}
 
 
-def step(remat, split=IN_ORDER, config=CONFIG):
+def step(remat, split=IN_ORDER, config=CONFIG, transport=LOSSLESS):
     """Loss and gradients of all parameters, jitted, and what to call it with: rows of two documents."""
     ids = np.repeat([[1, 2, 2, 0], [1, 1, 2, 2]], 16, axis=1).astype(np.int32)
     tokens, positions, segment_ids = rows(config, ids)
@@ -40,17 +40,17 @@ def step(remat, split=IN_ORDER, config=CONFIG):
     )  # fmt: skip
 
     def loss(params, batch):
-        model = TextModel(config, params, remat=remat)
+        model = TextModel(config, params, remat=remat, transport=transport)
         return next_token_loss(model, batch, vocab_chunk=64, num_sources=1, split=split)[0]
 
     return jax.jit(jax.value_and_grad(loss)), (random_params(config), jax.tree.map(jnp.asarray, batch))
 
 
-WORK = ("all_to_all", "dot_general", "ragged_dot_general")
+WORK = ("all_to_all", "dot_general", "ragged_dot_general", "psum_invariant", "pmax")
 
 
 def kernels(jaxpr, found):
-    """Counts the kernels of a program by name, its products and all-to-alls too, those in its inner ones as well."""
+    """Counts the kernels of a program by name, its products and sums over the mesh too, also of its inner ones."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in WORK:
             found[equation.primitive.name] += 1
@@ -64,10 +64,10 @@ def kernels(jaxpr, found):
     return found
 
 
-def step_work(remat, sizes, platform, split=IN_ORDER, config=CONFIG):
+def step_work(remat, sizes, platform, split=IN_ORDER, config=CONFIG, transport=LOSSLESS):
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh), dispatch.target(platform, 9.0):
-        function, arguments = step(remat, split, config)
+        function, arguments = step(remat, split, config, transport)
         return kernels(function.trace(*arguments).jaxpr.jaxpr, collections.Counter())
 
 
@@ -94,18 +94,32 @@ def test_the_count_sees_a_second_forward(monkeypatch):
         assert (forgetful - keeping).total() == 1
 
 
-@pytest.mark.parametrize("capacity", [None, 1.25])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_experts_that_are_kept_are_not_computed_again(ranks, capacity):
-    """With "experts" no product or all-to-all comes twice; with "dots" some of both do."""
+ONE_ROUND = ExpertTransport(block_factor=2.0, max_rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "capacity", "transport"),
+    [
+        (1, None, LOSSLESS),
+        (1, 1.25, LOSSLESS),
+        (2, None, ONE_ROUND),
+        (2, 1.25, ONE_ROUND),
+        (2, 1.25, replace(ONE_ROUND, bucket_factor=1.25)),
+        (2, 1.25, ExpertTransport(block_factor=0.5)),
+    ],
+    ids=("dropless", "capacity", "travelling", "with capacity", "buckets", "several rounds"),
+)
+def test_experts_that_are_kept_are_not_computed_again(ranks, capacity, transport):
+    """With "experts" no product comes twice and no row travels twice; with "dots" some of both do."""
     config = replace(EXPERTS, capacity_factor=capacity)
     every, experts, dots = (
-        step_work(remat, {"expert": ranks}, "tpu", config=config) for remat in ("none", "experts", "dots")
+        step_work(remat, {"expert": ranks}, "tpu", config=config, transport=transport)
+        for remat in ("none", "experts", "dots")
     )
-    assert not experts - every
-    again = dots - experts
+    assert experts == every
+    again = dots - every
     assert set(again) <= set(WORK)
-    assert again.total() > 0
+    assert set(again) & {"dot_general", "ragged_dot_general"}
     assert ("all_to_all" in again) == (ranks > 1)
 
 

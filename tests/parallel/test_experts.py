@@ -153,6 +153,36 @@ def test_rows_without_a_place_are_counted() -> None:
     np.testing.assert_allclose(out, _sum(found), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [{"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_beyond_a_bucket_are_counted(sizes: dict[str, int], groups: int) -> None:
+    """Of each token group, an expert multiplies its first rows in the order of the shards that send them."""
+    shards, rows = sizes["expert"], B // (sizes.get("data", 1) * sizes["expert"])
+    each = rows * T // groups
+    bucket = -(-3 * each * K * shards // (4 * E) // 8) * 8
+    arrived, found = {}, np.zeros((B, T, K), bool)
+    for b, t, slot in np.argwhere(CASE.expert < E):
+        queue = (b // (rows * shards), (b % rows * T + t) // each, CASE.expert[b, t, slot])
+        arrived[queue] = arrived.get(queue, 0) + 1
+        found[b, t, slot] = arrived[queue] <= bucket
+    expected = 1 - found.sum() / (CASE.expert < E).sum()
+    assert expected > 0.05, "the test must lose rows"
+    settings = {"share": Fraction(8), "block_factor": 8.0, "max_rounds": 1, "token_groups": groups}
+    out, dropped, lost = _mix(sizes, bucket_factor=0.75, **settings)
+    assert (dropped, lost) == (0, pytest.approx(expected, abs=1e-6))
+    np.testing.assert_allclose(out, _sum(found), rtol=1e-4, atol=1e-5)
+    assert 8 * -(-3 * each * K * shards // E // 8) < shards * each, "smaller than the blocks"
+    out, _, lost = _mix(sizes, bucket_factor=3.0, **settings)
+    assert lost == 0
+    np.testing.assert_allclose(out, _sum(CASE.expert < E), rtol=1e-4, atol=1e-5)
+
+
+def test_buckets_lose_for_good() -> None:
+    """No further round brings what is beyond a bucket."""
+    with pytest.raises(ValueError, match=r"bucket_factor = 1\.0 .* needs max_rounds = 1"):
+        _mix({"expert": 2}, share=SHARE, bucket_factor=1.0)
+
+
 def test_several_rounds_have_the_gradient_of_one() -> None:
     def gradient(**settings: object) -> list[np.ndarray]:
         mesh = make_mesh({"expert": 4, "tensor": 2})

@@ -37,7 +37,7 @@ TARGET = Target(replace(RUN, stages=(replace(STAGE, batch=BATCH),)), parse_topol
 
 @pytest.mark.parametrize("line", COMPILED, ids=lambda line: line["topology"])
 def test_paper_agrees_with_what_was_compiled(line: dict[str, Any]) -> None:
-    """Memory and time of every configuration in docs/scaling.md, by the target's own compiler, within 15%."""
+    """Memory and time of every configuration in docs/scaling.md, by the target's own compiler: within 20% and 25%."""
     file = ROOT / "configs" / f"{line['config']}.py"
     config = load_config(f"{file}{KINDS.get(line['topology'], '')}")
     sizes = dict.fromkeys(("data", "fsdp", "expert", "sequence", "tensor"), 1) | line["mesh"]
@@ -45,8 +45,8 @@ def test_paper_agrees_with_what_was_compiled(line: dict[str, Any]) -> None:
     found = weigh(target, state_bytes(target))
     assert found.memory["params"] == line["memory_per_chip"]["params"]
     assert found.memory["moments"] == line["memory_per_chip"]["moments"]
-    assert found.bytes == pytest.approx(line["memory_per_chip"]["total"], rel=0.15)
-    assert found.seconds == pytest.approx(line["estimate"]["step_seconds"], rel=0.15)
+    assert found.bytes == pytest.approx(line["memory_per_chip"]["total"], rel=0.2)
+    assert found.seconds == pytest.approx(line["estimate"]["step_seconds"], rel=0.25)
 
 
 def test_every_candidate_uses_all_chips() -> None:

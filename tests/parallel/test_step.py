@@ -150,9 +150,14 @@ def test_a_mesh_computes_what_one_device_computes(sizes: dict[str, int], capfd: 
     ("model", "sizes", "settings"),
     [
         (DROPLESS, {"data": 2, "expert": 2, "tensor": 2}, {"block_factor": ONE_ROUND, "remat": "experts"}),
-        (MODEL, {"fsdp": 2, "expert": 4}, {"block_factor": 0.5, "token_groups": 2, "remat": "layer"}),
+        (MODEL, {"fsdp": 2, "expert": 4}, {"block_factor": 0.5, "token_groups": 2, "remat": "experts"}),
+        (
+            MODEL,
+            {"expert": 4, "tensor": 2},
+            {"block_factor": ONE_ROUND, "bucket_factor": 2.5, "max_rounds": 1, "token_groups": 2, "remat": "experts"},
+        ),
     ],
-    ids=("dropless", "several rounds and groups, rematerialised"),
+    ids=("dropless", "several rounds and groups", "buckets"),
 )
 def test_the_way_rows_travel_changes_nothing(
     model: ModelConfig, sizes: dict[str, int], settings: dict, capfd: pytest.CaptureFixture[str]

@@ -230,7 +230,7 @@ class TestGpus:
         assert "all-to-all" in report["collectives"]
         speed = report["estimate"]
         assert 0 < speed["slower_matmul"]["mfu"] <= speed["mfu"] < 1
-        assert speed["step_seconds"] <= speed["dearest_branches"]["step_seconds"]
+        assert speed["dearest_branches"]["mfu"] < speed["mfu"], "further rounds may run"
 
 
 def test_compiler_options_are_checked() -> None:
