@@ -1,7 +1,7 @@
 """A training step weighed on paper: memory of a chip by part and seconds, from sizes alone, without compiling.
 
-It follows what the compiled steps of docs/data/ahead_of_time.jsonl need within 20%, and cost by the same roofline within
-5%, but for v6e 20% (docs/scaling.md): good enough to choose which meshes to compile, no substitute for compiling them.
+It follows what the compiled steps of docs/data/ahead_of_time.jsonl need within 20%, and cost by the same roofline
+within 5%, but for v6e 20% (docs/scaling.md): good enough to choose which meshes to compile, no substitute for that.
 """
 
 from dataclasses import dataclass
