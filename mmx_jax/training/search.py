@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -297,22 +298,38 @@ def compile_apart(target: Target) -> Report:
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile() as words:
         process = context.Process(target=_compile, args=(target, sender, words.name), daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means there, this process decides
-        process.start()
-        signal.signal(signal.SIGINT, before)
-        sender.close()
         try:
+            with _ctrl_c_later():
+                process.start()
+                sender.close()
             answer = receiver.recv()
         except EOFError:
             process.join()
             last = Path(words.name).read_text(errors="replace").strip().rpartition("\n")[2]
             answer = {"fits": False, "refused": f"the compiler ended with code {process.exitcode}: {last}"}
         finally:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
     if isinstance(answer, TopologyError):
         raise answer
     return answer
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Holds Ctrl-C back until the end; processes started meanwhile never hear of it: this one decides what it means."""
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _compile(target: Target, sender: Connection, words: str) -> None:

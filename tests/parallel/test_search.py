@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import psutil
@@ -254,6 +256,21 @@ class TestWithCompiler:
         assert report["flags"] == best["flags"]
         assert report["memory_per_chip"]["params"] == report["on_paper"]["memory"]["params"]
         assert report["collectives"]
+
+    def test_ctrl_c_while_a_compile_starts_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        start = SpawnProcess.start
+
+        def interrupted(process: SpawnProcess) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            start(process)
+
+        monkeypatch.setattr(SpawnProcess, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compile_apart(TARGET)
+        for child in multiprocessing.active_children():
+            child.join(timeout=20)
+            assert child.exitcode is not None
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def test_ctrl_c_ends_a_compile(self) -> None:
         """At once, with the code of an interrupted program, and the compiler's process goes with it."""
