@@ -265,8 +265,12 @@ class TestWithCompiler:
             start(process)
 
         monkeypatch.setattr(SpawnProcess, "start", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            compile_apart(TARGET)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                compile_apart(TARGET)
+        finally:
+            signal.signal(signal.SIGINT, before)
         for child in multiprocessing.active_children():
             child.join(timeout=20)
             assert child.exitcode is not None
