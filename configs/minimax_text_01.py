@@ -74,7 +74,7 @@ def get_config(kind: str = "v5p_4096") -> RunConfig:
       ConfigError: for another kind.
     """
     kinds: dict[str, Callable[[RunConfig], RunConfig]] = {
-        "v5p_4096": lambda run: run,
+        "v5p_4096": lambda run: replace(run, compiler=CompilerConfig(tpu=SPARSE_CORES)),
         "v5p_2048": _v5p_2048,
         "v5p_128": _v5p_128,
         "v6e_512": _v6e_512,
@@ -86,19 +86,20 @@ def get_config(kind: str = "v5p_4096") -> RunConfig:
 
 
 def _v5p_2048(run: RunConfig) -> RunConfig:
-    return replace(run, stages=(replace(run.stages[0], remat="dots"),), mesh=MeshConfig(fsdp=-1, expert=32))
+    stage, compiler = replace(run.stages[0], remat="dots"), CompilerConfig(tpu=SPARSE_CORES)
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32), compiler=compiler)
 
 
 def _v5p_128(run: RunConfig) -> RunConfig:
     batch = replace(run.stages[0].batch, micro_batch=64)
     stage = replace(run.stages[0], remat="layer", batch=batch)
-    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, tensor=2), compiler=CompilerConfig())
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, tensor=2))
 
 
 def _v6e_512(run: RunConfig) -> RunConfig:
     batch = replace(run.stages[0].batch, micro_batch=256)
     stage = replace(run.stages[0], remat="layer", batch=batch, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
-    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, tensor=2), compiler=CompilerConfig())
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, tensor=2))
 
 
 def _context_1m(run: RunConfig) -> RunConfig:
@@ -111,7 +112,7 @@ def _context_1m(run: RunConfig) -> RunConfig:
         schedule=ScheduleConfig(phases=(SchedulePhase(until_tokens=10 * BILLION, learning_rate=3e-5),)),
         remat="layer",
     )
-    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, sequence=32), compiler=CompilerConfig())
+    return replace(run, stages=(stage,), mesh=MeshConfig(fsdp=-1, expert=32, sequence=32))
 
 
 def pretraining() -> RunConfig:
@@ -157,6 +158,5 @@ def pretraining() -> RunConfig:
         model=model,
         stages=(stage,),
         mesh=MeshConfig(fsdp=-1, expert=32, sequence=2),
-        compiler=CompilerConfig(tpu=SPARSE_CORES),
         checkpoint=CheckpointConfig(every_steps=500, keep_last=3, keep_every_steps=10_000),
     )

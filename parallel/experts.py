@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arrays import varying_like
 from pallas_kernels.grouped_matmul import grouped_matmul
 from parallel.rows import (
+    Keep,
     Queues,
     combine_slots,
     fill_blocks,
@@ -344,7 +345,7 @@ def _group(
     """
     block = journey.block
 
-    def one(number: Array, keep: _Keep = forget) -> Array:
+    def one(number: Array, keep: Keep = forget) -> Array:
         first = number * block
         blocks = fill_blocks(journey.waiting, journey.starts, journey.counts, journey.bins, block, first)
         rows = gather_slots(x, blocks)
@@ -354,6 +355,7 @@ def _group(
             rows = _sorted_round(plan, weights, rows, journey.waiting, first, block, keep)
         return combine_slots(rows, blocks, weight, keep)
 
+    # Further rounds would keep theirs whether they are needed or not.
     out = one(jnp.int32(0), keep_for_backward)
     return out + _further_rounds(one, out, journey.rounds, -(-fullest // block)) if journey.rounds > 1 else out
 
@@ -383,17 +385,13 @@ def _further_rounds(one: Callable[[Array], Array], like: Array, rounds: int, nee
     return lax.cond(needed > 1, lambda: lax.scan(step, zeros, numbers)[0], lambda: zeros)
 
 
-_Keep = Callable[[Array], Array]
-"""`keep_for_backward` in the first round; `forget` in further ones, which would keep theirs whether needed or not."""
-
-
 def _bucket_round(
     plan: _Plan,
     weights: tuple[Array, ...],
     rows: Float[Array, "R w"],
     bucket: _Bucket | None,
     block: int,
-    keep: _Keep,
+    keep: Keep,
 ) -> Float[Array, "R w"]:
     """Sends a block for each expert, multiplies, and sends back."""
     width, experts = rows.shape[1], plan.local_experts
@@ -424,7 +422,7 @@ def _sorted_round(
     waiting: Queues,
     first: Array,
     block: int,
-    keep: _Keep,
+    keep: Keep,
 ) -> Float[Array, "R w"]:
     """Sends a block for each shard of experts, sorts what arrives by expert, multiplies, and sends back."""
     each = plan.local_experts

@@ -22,6 +22,10 @@ def forget(x: Array) -> Array:
     return x
 
 
+Keep = Callable[[Array], Array]
+"""`keep_for_backward` or `forget`."""
+
+
 @jax.custom_vjp
 def gather_rows(x: Float[Array, "P D"], index: Int[Array, " Q"], inverse: Int[Array, "P J"]) -> Float[Array, "Q D"]:
     """Rows `x[index]`, zero where the index is -1.
@@ -124,7 +128,7 @@ def combine_slots(
     out: Float[Array, "R D"],
     blocks: Blocks,
     weight: Float[Array, "M k"],
-    keep: Callable[[Array], Array] = keep_for_backward,
+    keep: Keep = keep_for_backward,
 ) -> Float[Array, "M D"]:
     """Sums the rows of each token's slots with their weights; a slot that is in no block adds nothing."""
     picked = keep(gather_rows(out, blocks.row.reshape(-1), blocks.slot[:, None])).reshape(*blocks.row.shape, -1)

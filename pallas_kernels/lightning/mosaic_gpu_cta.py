@@ -2,6 +2,7 @@
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def tiles(dtype: Any, *shape: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-class Cta:
+class Cta(ABC):
     """The part that the roles of a CTA have in common."""
 
     def __init__(
@@ -115,9 +116,9 @@ class Cta:
         # Whether a last chunk is shorter than the others and nothing else tells it from them.
         self.ragged = not self.packed and shape.length % self.chunk > 0
 
+    @abstractmethod
     def run(self) -> None:
         """Does the work of the CTA."""
-        raise NotImplementedError
 
     def share(self, roles: Sequence[Role]) -> None:
         """Gives every warpgroup its role."""
