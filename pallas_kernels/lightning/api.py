@@ -11,13 +11,13 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
 from pallas_kernels.lightning import chunked, reference
 from pallas_kernels.lightning.implementation import Operation
+from pallas_kernels.lightning.segments import canonical_segment_ids
 
 _PORTABLE: dict[str, Any] = {"chunked": chunked, "dense": reference.DENSE, "reference": reference.RECURRENCE}
 _ACCELERATED = ("mosaic_gpu", "mosaic_tpu", "triton")
@@ -88,8 +88,7 @@ def lightning_attention(
     """
     slopes = _checked("lightning_attention", "BTNH", slopes, q=q, k=k, v=v)
     _check_rows("lightning_attention", q, segment_ids, initial_state=initial_state)
-    ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
-    o, state = _attention(implementation, return_state, *alike(q, k, v, slopes, ids, initial_state))
+    o, state = _attention(implementation, return_state, *alike(q, k, v, slopes, segment_ids, initial_state))
     return (o, state) if return_state else o
 
 
@@ -117,9 +116,8 @@ def lightning_backward(
     """
     slopes = _checked("lightning_backward", "BTNH", slopes, q=q, k=k, v=v, do=do)
     _check_rows("lightning_backward", q, segment_ids, initial_state=initial_state, dstate=dstate)
-    ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
-    chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
-    return chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate)
+    chosen = _choose("backward", q, packed=segment_ids is not None, forced=implementation)
+    return chosen.backward(q, k, v, slopes, _described(chosen, segment_ids), initial_state, do, dstate)
 
 
 def chunk_state(
@@ -152,15 +150,15 @@ def chunk_state(
     """
     slopes = _checked("chunk_state", "BTNH", slopes, k=k, v=v)
     _check_rows("chunk_state", k, segment_ids)
-    ids = None if segment_ids is None else canonical_segment_ids(segment_ids)
-    chosen = _choose("chunk_state", k, packed=ids is not None, forced=implementation)
-    state = chosen.chunk_state(k, v, slopes, ids, reverse)
+    chosen = _choose("chunk_state", k, packed=segment_ids is not None, forced=implementation)
+    state = chosen.chunk_state(k, v, slopes, _described(chosen, segment_ids), reverse)
     rates = slopes.astype(state.dtype)
-    if ids is None:
+    if segment_ids is None:
         return state, jnp.broadcast_to(jnp.exp(-rates * k.shape[1]), state.shape[:2])
-    real = jnp.sum(ids > 0, axis=1, keepdims=True)
-    one_segment = jnp.max(ids, axis=1, keepdims=True, initial=0) <= 1
-    return state, jnp.where(one_segment, jnp.exp(-rates * real), 0)
+    real = segment_ids > 0
+    one_id = jnp.max(segment_ids, axis=1, keepdims=True, initial=0)
+    one_segment = jnp.all(~real | (segment_ids == one_id), axis=1, keepdims=True)
+    return state, jnp.where(one_segment, jnp.exp(-rates * jnp.sum(real, axis=1, keepdims=True)), 0)
 
 
 def decode_step(
@@ -197,42 +195,12 @@ def decode_step(
     return chosen.decode_step(q, k, v, state, slopes, slots)
 
 
-def canonical_segment_ids(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Numbers each row's segments 1, 2, 3 .. in order of appearance; padding stays 0 (implementation.py says why)."""
-    previous = _latest(segment_ids, axis=1)
-    starts = (segment_ids > 0) & (segment_ids != previous)
-    return jnp.where(segment_ids > 0, jnp.cumsum(starts, axis=1), 0).astype(jnp.int32)
-
-
-def border_ids(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """Returns the ids of each row's first and last real token, 0 and 0 for a row that is all padding."""
-    real = segment_ids > 0
-    first = jnp.argmax(real, axis=1)
-    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-    # A row of padding gives index 0 for both, where its id is 0.
-    take = functools.partial(jnp.take_along_axis, segment_ids, axis=1)
-    return take(first[:, None])[:, 0], take(last[:, None])[:, 0]
-
-
-def continuations(first: Int[Array, "W B"], last: Int[Array, "W B"]) -> Bool[Array, "W B"]:
-    """Says which of W consecutive pieces of a row continue the segment in which the pieces before them ended.
-
-    `first` and `last` are the pieces' `border_ids`. A piece of padding alone continues (and transmits everything), and
-    so does a row's first piece with real tokens. For LASP+ (INV-38) the state entering piece w is
-
-        S(w) = c(w) * sum over j < w of state(j) * product over j < i < w of c(i) * transmission(i)
-
-    with c the result here and (state, transmission) from `chunk_state`.
-    """
-    arriving = _latest(last, axis=0)
-    return (first <= 0) | (arriving <= 0) | (first == arriving)
-
-
-def _latest(ids: jax.Array, axis: int) -> jax.Array:
-    """Returns for each position the last positive id before it, 0 where there is none."""
-    latest = lax.associative_scan(lambda old, new: jnp.where(new > 0, new, old), ids, axis=axis)
-    shifted = jnp.roll(jnp.maximum(latest, 0), 1, axis=axis)
-    return jnp.where(lax.broadcasted_iota(jnp.int32, ids.shape, axis) > 0, shifted, 0)
+def _described(chosen: Any, segment_ids: jax.Array | None) -> jax.Array | None:
+    """Returns the segment ids in the form that an implementation takes."""
+    if segment_ids is None:
+        return None
+    describe = getattr(chosen, "describe", canonical_segment_ids)
+    return describe(segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -247,24 +215,27 @@ def _attention(
     initial_state: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
-    o, state = chosen.forward(q, k, v, slopes, ids, initial_state)
+    o, state = chosen.forward(q, k, v, slopes, _described(chosen, ids), initial_state)
     return o, state if return_state else None
 
 
 def _attention_forward(implementation: str | None, return_state: bool, *arguments: Any) -> tuple[Any, Any]:
-    q, _, _, _, ids, _ = arguments
+    q, k, v, slopes, ids, initial_state = arguments
     chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
-    if not hasattr(chosen, "forward_saving"):
-        return _attention(implementation, return_state, *arguments), (arguments, {})
-    o, state, saved = chosen.forward_saving(*arguments)
+    arguments = (q, k, v, slopes, _described(chosen, ids), initial_state)
+    if hasattr(chosen, "forward_saving"):
+        o, state, saved = chosen.forward_saving(*arguments)
+    else:
+        (o, state), saved = chosen.forward(*arguments), None
     return (o, state if return_state else None), (arguments, {} if saved is None else {"saved": saved})
 
 
 def _attention_backward(implementation: str | None, return_state: bool, residuals: Any, gradients: Any) -> Any:
-    (q, k, v, slopes, ids, initial_state), saved = residuals
+    # The segments are as the implementation of the forward takes them, which is that of the backward too.
+    (q, k, v, slopes, segments, initial_state), saved = residuals
     do, dstate = gradients
-    chosen = _choose("backward", q, packed=ids is not None, forced=implementation)
-    dq, dk, dv, dinitial = chosen.backward(q, k, v, slopes, ids, initial_state, do, dstate, **saved)
+    chosen = _choose("backward", q, packed=segments is not None, forced=implementation)
+    dq, dk, dv, dinitial = chosen.backward(q, k, v, slopes, segments, initial_state, do, dstate, **saved)
     return dq, dk, dv, None, None, None if initial_state is None else dinitial.astype(initial_state.dtype)
 
 

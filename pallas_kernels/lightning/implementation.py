@@ -11,6 +11,7 @@ Arguments are checked and normalised before they arrive:
   tokens of a row are numbered 1, 1, .., 2, 2, .., never decreasing, without gaps. Padding may lie anywhere, also inside
   a segment: it adds nothing, decays nothing, and its output and gradients are 0. Only segment 1 sees `initial_state`.
   The age of key j seen from query i is the difference of `cumsum(segment_ids != 0)` at i and j.
+  An implementation with a function `describe` receives instead what that makes of the caller's own segment ids.
 - States are [B, N, H, H] fp32, indexed (key dim, value dim), convention (a): the newest token has weight 1.
   None stands for zeros, for `initial_state` as for `dstate` (the gradient arriving at the returned state).
 """
@@ -35,6 +36,11 @@ class Implementation(Protocol):
 
     One may also have `forward_saving`, called like `forward` where gradients will be taken. It returns a third result,
     an array that `backward` then receives as `saved`, or None.
+
+    And one may have `describe`, which takes segment ids [B, T] as the caller gave them: any integers, of which those
+    below 1 are padding, and a real token whose id differs from that of the row's previous real token starts a segment.
+    What it returns, one array, takes the place of the canonical ids in `forward`, `backward` and `chunk_state`;
+    `backward` may be given what `describe` returned before `forward`.
     """
 
     def supports(

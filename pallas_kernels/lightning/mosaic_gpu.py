@@ -16,12 +16,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Int
 
 from pallas_kernels.lightning import mosaic_gpu_segments
-from pallas_kernels.lightning.implementation import Heads, Operation, SegmentIds, Slopes, State
+from pallas_kernels.lightning.implementation import Heads, Operation, Slopes, State
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Gather, Job, Plan, Tuning
 from pallas_kernels.lightning.mosaic_gpu_scan import scan
+from pallas_kernels.lightning.mosaic_gpu_segments import Description
 from pallas_kernels.lightning.mosaic_gpu_states import enter, gather
 
 HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 160, 24), terms=2)
@@ -65,16 +66,21 @@ def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTyp
     return None
 
 
+def describe(segment_ids: Int[Array, "B T"]) -> Description:
+    """Describes packed rows, in place of canonical segment ids; see `implementation.Implementation`."""
+    return mosaic_gpu_segments.describe(segment_ids, HALF.chunk)
+
+
 def forward(
     q: Heads,
     k: Heads,
     v: Heads,
     slopes: Slopes,
-    segment_ids: SegmentIds | None,
+    description: Description | None,
     initial_state: State | None,
 ) -> tuple[Heads, State]:
     """Runs lightning attention; see `implementation.Implementation`."""
-    o, state, _ = forward_saving(q, k, v, slopes, segment_ids, initial_state)
+    o, state, _ = forward_saving(q, k, v, slopes, description, initial_state)
     return o, state
 
 
@@ -83,7 +89,7 @@ def forward_saving(
     k: Heads,
     v: Heads,
     slopes: Slopes,
-    segment_ids: SegmentIds | None,
+    description: Description | None,
     initial_state: State | None,
 ) -> tuple[Heads, State, jax.Array | None]:
     """Runs lightning attention and returns also what spares `backward` a launch, if anything; see `Implementation`."""
@@ -91,7 +97,7 @@ def forward_saving(
     batch, length, heads, _ = q.shape
     rows, chunks = batch * heads, -(-length // HALF.chunk)
     (plan,) = _plans(FORWARDS, [HALF, WHOLE], rows, chunks)
-    results, entering = _run([plan], [q, k, v], slopes, segment_ids, initial)
+    results, entering = _run([plan], [q, k, v], slopes, description, initial)
     o, state = results[FORWARD]
     backwards = _plans(BACKWARDS, _gradient_tunings(initial_state), rows, chunks, known=plan.pieces)
     useful = any(other.jobs == (DQ,) and 1 < other.pieces == plan.pieces for other in backwards)
@@ -107,7 +113,7 @@ def backward(
     k: Heads,
     v: Heads,
     slopes: Slopes,
-    segment_ids: SegmentIds | None,
+    description: Description | None,
     initial_state: State | None,
     do: Heads,
     dstate: State | None,
@@ -122,11 +128,11 @@ def backward(
     known = 0 if saved is None else saved.shape[3]
     tunings = _gradient_tunings(initial_state)
     plans = _plans(BACKWARDS, tunings, batch * heads, -(-length // HALF.chunk), known=known)
-    results, _ = _run(plans, [q, k, v, do], slopes, segment_ids, initial, saved)
+    results, _ = _run(plans, [q, k, v, do], slopes, description, initial, saved)
     return results[DQ][0], results[DK][0], results[DV][0], results[DK][1]
 
 
-def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | None, reverse: bool) -> State:
+def chunk_state(k: Heads, v: Heads, slopes: Slopes, description: Description | None, reverse: bool) -> State:
     """Returns the state that these tokens alone leave behind; see `implementation.Implementation`."""
     # Indexed (c dim, b dim), the state of b = v and c = k needs no transpose.
     job = Job(0, 1, 0, descending=reverse)
@@ -135,8 +141,7 @@ def chunk_state(k: Heads, v: Heads, slopes: Slopes, segment_ids: SegmentIds | No
     options = [Gather((job,), pieces, skip_last=False) for pieces in range(1, MOST_PIECES + 1)]
     plan = min(options, key=lambda option: _gather_cost(option, batch * heads, chunks) + option.pieces)
     pieces = plan.pieces
-    operands, description = _prepare([k, v], segment_ids)
-    (states,) = gather(plan, operands, slopes, length=length, description=description)
+    (states,) = gather(plan, _padded([k, v]), slopes, length=length, description=description)
     per_piece = -(-chunks // pieces)
     total = jnp.zeros_like(states[:, :, 0])
     for piece in reversed(range(pieces)) if reverse else range(pieces):
@@ -154,13 +159,10 @@ def _transposed(state: jax.Array) -> jax.Array:
     return jnp.swapaxes(state, -1, -2)
 
 
-def _prepare(operands: list[jax.Array], segment_ids: SegmentIds | None) -> tuple[list[jax.Array], jax.Array | None]:
-    """Pads to the 8 tokens that a shared-memory tile needs, and describes the segments."""
+def _padded(operands: list[jax.Array]) -> list[jax.Array]:
+    """Pads to the 8 tokens that a shared-memory tile needs."""
     padding = -operands[0].shape[1] % 8
-    if padding:
-        operands = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in operands]
-    description = None if segment_ids is None else mosaic_gpu_segments.describe(segment_ids, HALF.chunk)
-    return operands, description
+    return [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in operands] if padding else operands
 
 
 def _cost(plan: Plan, rows: int, chunks: int, known: int = 0) -> float:
@@ -242,7 +244,7 @@ def _run(
     plans: Sequence[Plan],
     operands: list[Heads],
     slopes: Slopes,
-    segment_ids: SegmentIds | None,
+    description: Description | None,
     initial: dict[Job, jax.Array],
     saved: jax.Array | None = None,
 ) -> tuple[dict[Job, tuple[Heads, State]], jax.Array | None]:
@@ -252,7 +254,7 @@ def _run(
     last plan. `saved` are those of dq.
     """
     batch, length, heads, dim = operands[0].shape
-    operands, description = _prepare(operands, segment_ids)
+    operands = _padded(operands)
     rows, chunks = batch * heads, -(-length // HALF.chunk)
     results = {}
     entering = None

@@ -1,10 +1,29 @@
-"""What the Hopper kernels must know about packed rows: ages and ids by token, boundaries by chunk."""
+"""What the Hopper kernels must know about packed rows: ages and ids by token, boundaries by chunk.
+
+Two small Triton kernels, imported at the first call, find it out where they can be launched, and else XLA.
+"""
 
 import enum
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
+
+from pallas_kernels import triton_launch
+from pallas_kernels.lightning.segments import canonical_segment_ids
+from pallas_kernels.triton_launch import launch as _launch
+
+Description = Int[Array, "B chunks entries"]
+
+BLOCK, WARPS = 1024, 4
+"""Tokens and warps of a program of the Triton kernels."""
+MOST_BLOCKS = 1024
+"""Blocks of a row whose summaries one program reads; blocks of longer rows are larger."""
+LONGEST = 2**24
+"""Tokens of a row that they are made for."""
 
 AGES = 128
 """A token's entry holds its age in the chunk, less than this, and this times its place among the chunk's segments."""
@@ -29,11 +48,11 @@ class Fact(enum.IntEnum):
     LEAVE_DESCENDING = 6
 
 
-def describe(segment_ids: Int[Array, "B T"], chunk: int) -> Int[Array, "B chunks entries"]:
+def describe(segment_ids: Int[Array, "B T"], chunk: int) -> Description:
     """Describes packed rows chunk by chunk.
 
     Args:
-        segment_ids: [B, T] int32 in the canonical form of `implementation.py` (0 is padding).
+        segment_ids: [B, T] integers as `lightning_attention` takes them.
         chunk: tokens per chunk C; a last partial chunk is filled with padding.
 
     Returns:
@@ -41,9 +60,48 @@ def describe(segment_ids: Int[Array, "B T"], chunk: int) -> Int[Array, "B chunks
         the chunk up to and including it, plus `AGES` times its place: 0 for padding, 1 for the segment that an
         ascending state enters with, 2 for the next.
     """
+    suits = np.can_cast(segment_ids.dtype, np.int32) and segment_ids.shape[1] <= LONGEST
+    if suits and triton_launch.obstacle(()) is None:
+        return describe_by_triton(segment_ids, chunk)
+    return describe_by_xla(segment_ids, chunk)
+
+
+def describe_by_triton(
+    segment_ids: Int[Array, "B T"], chunk: int, block: int = BLOCK, warps: int = WARPS
+) -> Description:
+    """`describe` in two launches, of segment ids that int32 holds; `block` is a power of two times the chunk."""
+    from pallas_kernels.lightning import mosaic_gpu_segments_kernels as kernels
+
+    batch, length = segment_ids.shape
+    while block * MOST_BLOCKS < length:
+        block *= 2
+    blocks, chunks = pl.cdiv(length, block), pl.cdiv(length, chunk)
+    ids = segment_ids.astype(jnp.int32)
+    sizes = {"LENGTH": length, "BLOCK": block, "BLOCKS": blocks}
+    (summaries,) = _launch(
+        kernels.summary_kernel,
+        (ids,),
+        (jax.ShapeDtypeStruct((batch, len(kernels.Summary), blocks), jnp.int32),),
+        (blocks, batch),
+        sizes,
+        warps=warps,
+    )
+    (description,) = _launch(
+        kernels.description_kernel,
+        (ids, summaries),
+        (jax.ShapeDtypeStruct((batch, chunks, chunk + FACTS), jnp.int32),),
+        (blocks, batch),
+        {**sizes, "ROW": pl.next_power_of_2(blocks), "CHUNK": chunk, "CHUNKS": chunks},
+        warps=warps,
+    )
+    return description
+
+
+def describe_by_xla(segment_ids: Int[Array, "B T"], chunk: int) -> Description:
+    """`describe` as the definition has it: on the canonical ids of `implementation.py`."""
     batch, length = segment_ids.shape
     chunks = -(-length // chunk)
-    ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, chunks * chunk - length)))
+    ids = jnp.pad(canonical_segment_ids(segment_ids), ((0, 0), (0, chunks * chunk - length)))
     ages = jnp.cumsum(ids > 0, axis=1, dtype=jnp.int32)
     last = jnp.maximum(lax.cummax(ids, axis=1), 1)
     upcoming = lax.cummin(jnp.where(ids > 0, ids, last[:, -1:]), axis=1, reverse=True)
@@ -76,7 +134,7 @@ def describe(segment_ids: Int[Array, "B T"], chunk: int) -> Int[Array, "B chunks
 
 
 def crossing(
-    description: Int[Array, "B chunks entries"], first: int, end: int, descending: bool
+    description: Description, first: int, end: int, descending: bool
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """Says how many real tokens lie in chunks first to end, and whether a state survives crossing them."""
     before, after = description[:, first, -FACTS:], description[:, end - 1, -FACTS:]

@@ -52,6 +52,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     return set_plans
 
 
+def described(ids: Any) -> Any:
+    return None if ids is None else mosaic_gpu.describe(ids)
+
+
 def check(x: cases.Inputs, *, states: bool) -> None:
     """Compares forward and backward with the recurrence."""
     if not states:
@@ -59,7 +63,7 @@ def check(x: cases.Inputs, *, states: bool) -> None:
     expected = cases.recurrence(x)
     given = cases.as_jax(x)
     initial, dstate = (given.initial_state, given.dstate) if states else (None, None)
-    arguments = (given.q, given.k, given.v, given.slopes, given.segment_ids, initial)
+    arguments = (given.q, given.k, given.v, given.slopes, described(given.segment_ids), initial)
     o, state, saved = jax.jit(mosaic_gpu.forward_saving)(*arguments)
     dq, dk, dv, dinitial = jax.jit(mosaic_gpu.backward)(*arguments, given.do, dstate, saved)
     results = {"o": o, "dq": dq, "dk": dk, "dv": dv, "state": state}
@@ -111,7 +115,7 @@ def test_packed_rows_without_a_boundary_equal_unpacked_ones(choose: Choose) -> N
     x = cases.as_jax(cases.inputs(128, batch=1, slopes=(0.1,), dim=128, dtype=BF16))
     ids = jnp.ones((1, 128), jnp.int32)
     run = jax.jit(mosaic_gpu.forward)
-    plain, packed = (run(x.q, x.k, x.v, x.slopes, given, x.initial_state) for given in (None, ids))
+    plain, packed = (run(x.q, x.k, x.v, x.slopes, given, x.initial_state) for given in (None, described(ids)))
     for one, other in zip(plain, packed, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -133,7 +137,9 @@ def test_chunk_state_equals_the_recurrence(reverse: bool, packed: bool, monkeypa
     expected = cases.recurrence(x)
     given = cases.as_jax(x)
     pair, right = ((given.q, given.do), expected.dinitial_state) if reverse else ((given.k, given.v), expected.state)
-    state = jax.jit(mosaic_gpu.chunk_state, static_argnums=4)(*pair, given.slopes, given.segment_ids, reverse)
+    state = jax.jit(mosaic_gpu.chunk_state, static_argnums=4)(
+        *pair, given.slopes, described(given.segment_ids), reverse
+    )
     assert cases.relative(state, right) <= cases.bound(BF16, state=True)
 
 
@@ -153,7 +159,7 @@ def test_kernels_lower_for_cuda(shape: tuple[int, int, int, int], packed: bool, 
     """Every launch passes layout and transform inference and fits in shared memory."""
     tokens = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     slopes = jax.ShapeDtypeStruct(shape[2:3], jnp.float32)
-    ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if packed else None
+    ids = jax.eval_shape(mosaic_gpu.describe, jax.ShapeDtypeStruct(shape[:2], jnp.int32)) if packed else None
     state = jax.ShapeDtypeStruct((shape[0], shape[2], 128, 128), jnp.float32) if states else None
     with plgpu.force_gpu_interpret_mode(None):
         for function, arguments in (
@@ -203,8 +209,7 @@ def test_backward_gathers_no_states_that_the_forward_saved(monkeypatch: pytest.M
 def test_description_of_packed_rows() -> None:
     """INV-36: a chunk is plain only where neither it nor the states at its ends meet a boundary or padding."""
     ids = np.repeat(np.int32([1, 2, 0, 2, 3]), (128, 100, 10, 18, 64))[None]
-    described = np.asarray(mosaic_gpu_segments.describe(jnp.asarray(ids), 64))
-    facts = described[0, :, -mosaic_gpu_segments.FACTS :]
+    facts = np.asarray(mosaic_gpu_segments.describe(jnp.asarray(ids), 64))[0, :, -mosaic_gpu_segments.FACTS :]
     fact = mosaic_gpu_segments.Fact
     # The second chunk is whole, yet the gradient of the state that arrives at its end is segment 2's.
     np.testing.assert_array_equal(facts[:, fact.PLAIN], [1, 0, 0, 0, 0])
