@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arrays import accumulator, alike
-from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, triton
+from pallas_kernels.grouped_matmul import blocked, mosaic_gpu_cta, mosaic_gpu_rows, mosaic_gpu_weights, triton
 
 NAMES = ("blocked", "dense", "mosaic_gpu", "ragged_dot", "triton")
 """Every name that `implementation=` accepts."""
@@ -117,8 +117,7 @@ def _implementation(name: str) -> Implementation:
     if name == "triton":
         return Implementation(triton.matmul, triton.weight_gradient, triton.obstacle)
     if name == "mosaic_gpu":
-        # Only the weights' gradient gains by a kernel for Hopper alone.
-        return Implementation(triton.matmul, mosaic_gpu.weight_gradient, _mosaic_gpu_obstacle)
+        return Implementation(mosaic_gpu_rows.matmul, mosaic_gpu_weights.weight_gradient, _mosaic_gpu_obstacle)
     return Implementation(_ragged_matmul, _ragged_weight_gradient, _ragged_dot_obstacle)
 
 
@@ -126,7 +125,7 @@ def _mosaic_gpu_obstacle(x: jax.Array, w: jax.Array) -> str | None:
     capability = dispatch.compute_capability()
     if capability is None or int(capability) != 9:
         return "it needs a Hopper GPU (sm_90)"
-    return triton.obstacle(x, w) or mosaic_gpu.obstacle(x, w)
+    return mosaic_gpu_cta.obstacle(x, w)
 
 
 def _ragged_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Int
 
+from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.lightning import mosaic_gpu_segments
 from pallas_kernels.lightning.implementation import Heads, Operation, Slopes, State
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Gather, Job, Plan, Tuning
@@ -30,7 +31,6 @@ WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(248, 224, 32), terms=2)
 # One term is exact enough for gradients (2e-3), not for a returned state (1.6e-3).
 HALF_ONE, WHOLE_ONE = (dataclasses.replace(tuning, terms=1) for tuning in (HALF, WHOLE))
 
-MULTIPROCESSORS = 132
 # On an H100: microseconds of a step of a CTA where memory does not limit it, of a launch; bytes that a microsecond
 # moves, by columns a CTA (two of 64 columns read a and b twice, once of it from the cache).
 STEP = {HALF: 1.25, HALF_ONE: 1.0, WHOLE: 1.95, WHOLE_ONE: 1.7}

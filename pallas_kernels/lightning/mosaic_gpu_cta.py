@@ -77,12 +77,6 @@ def launch(
     )(*operands, slopes, *given.values())
 
 
-def tiles(dtype: Any, *shape: int) -> Any:
-    """Shared memory as the matrix units read it."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 class Cta(ABC):
     """The part that the roles of a CTA have in common."""
 

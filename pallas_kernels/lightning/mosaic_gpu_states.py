@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta, Role, launch, tiles
+from pallas_kernels.hopper import tiles
+from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta, Role, launch
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Gather, Job, Shape
 from pallas_kernels.lightning.mosaic_gpu_segments import FACTS, Fact
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch
 from pallas_kernels.bench import common, timing
 from pallas_kernels.bench import grouped_matmul as bench
-from pallas_kernels.grouped_matmul import grouped_matmul, implementations, mosaic_gpu, triton
+from pallas_kernels.grouped_matmul import grouped_matmul, implementations, mosaic_gpu_rows, mosaic_gpu_weights, triton
 from tests.kernels import cases, test_triton
 
 # XLA's own ragged dot is TPU's default; it runs on a CPU too, and its shapes are tested there.
@@ -225,29 +226,84 @@ def test_triton_kernels_compile_for_cuda(capability: float, compiled: list[Any],
 # No rows at an expert's start or end; fewer than 8 of both; one whole step and none; more than one step left over.
 # With widths of 128 and 256, clusters of one CTA and of two.
 HOPPER_CASES = [((128, 64, 0), 128), ((3, 9, 70), 256), ((20, 64, 127), 128), ((1, 70, 134), 256)]
+on_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="on a GPU, the compiled kernel runs in the tests above"
+)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU, the compiled kernel runs in the tests above")
+@pytest.fixture
+def gpu_interpreter(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Interprets Mosaic GPU kernels and fails on a race."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@on_cpu
+@pytest.mark.usefixtures("gpu_interpreter")
 @pytest.mark.parametrize(("sizes", "width"), HOPPER_CASES)
-def test_hopper_weight_gradient_equals_the_definition(
-    sizes: tuple[int, ...], width: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_hopper_weight_gradient_equals_the_definition(sizes: tuple[int, ...], width: int) -> None:
     """INV-23: CTAs that walk from tile to tile, interpreted with race detection; what no expert owns is not read."""
     rows, owned = 210, sum(sizes)
     x, w, dy = draw(rows, sizes, width, 512, ml_dtypes.bfloat16)
     expected = definition(x, w, dy, sizes)[2]
     x[owned:], dy[owned:] = np.nan, np.nan
-    gradient = jax.jit(mosaic_gpu.weight_gradient, static_argnames="programs")
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        actual = gradient(x, dy, np.asarray(sizes, np.int32), programs=4)
-    assert "RACE DETECTED" not in capfd.readouterr().out
+    gradient = jax.jit(mosaic_gpu_weights.weight_gradient, static_argnames="programs")
+    actual = gradient(x, dy, np.asarray(sizes, np.int32), programs=4)
     assert cases.relative(actual, expected) <= 2e-3
 
 
+# Several tiles for an expert; experts that share a block of 8 rows, one of them all within it; experts without rows and
+# rows without an expert; fewer rows than a tile has. Clusters of one CTA and of two.
+HOPPER_ROWS = [(600, (330, 0, 3, 2, 70, 130), 128), (100, (9, 0, 64), 256), (264, (264,), 128)]
+
+
+@on_cpu
+@pytest.mark.usefixtures("gpu_interpreter")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "sizes", "width"), HOPPER_ROWS)
+def test_hopper_rows_equal_the_definition(rows: int, sizes: tuple[int, ...], width: int, transposed: bool) -> None:
+    """INV-23: forward and rows' gradient, interpreted with race detection; what no expert owns is not read."""
+    x, w, dy = draw(rows, sizes, width, 256, ml_dtypes.bfloat16)
+    expected = definition(x, w, dy, sizes)[int(transposed)]
+    given = dy if transposed else x
+    given[sum(sizes) :] = np.nan
+    product = jax.jit(mosaic_gpu_rows.matmul, static_argnums=3, static_argnames="programs")
+    actual = product(given, w, np.asarray(sizes, np.int32), transposed, programs=4)
+    assert cases.relative(actual, expected) <= 2e-3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hopper_tiles_cover_each_row_once(seed: int) -> None:
+    """Of each expert, and of none; tiles fit their heights; bands keep to an expert, and lower tiles follow higher."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(0, (4, 60, 900)[seed % 3], random.integers(1, 9)).astype(np.int32)
+    rows = max(256, int(-(-(sizes.sum() + random.integers(0, 300)) // 8) * 8))
+    number, table = mosaic_gpu_rows._tiles(mosaic_gpu_rows._groups(jnp.asarray(sizes), rows), rows)
+    tiles = [mosaic_gpu_rows._Tile(*map(int, tile)) for tile in np.asarray(table)[: int(number[0])]]
+    owners = np.full(rows, -1)
+    for index, tile in enumerate(tiles):
+        assert tile.start % 8 == 0
+        assert 0 <= tile.before < 8
+        assert tile.before < tile.rows <= tile.height <= 256
+        own = owners[tile.start + tile.before : tile.start + tile.rows]
+        assert np.all(own == -1)
+        own[:] = tile.owner
+        assert tile.first <= index < tile.first + tile.band <= len(tiles)
+        assert {tiles[i].owner for i in range(tile.first, tile.first + tile.band)} == {tile.owner}
+    expected = np.repeat(np.arange(len(sizes) + 1), [*sizes, rows - sizes.sum()])
+    np.testing.assert_array_equal(owners, expected)
+    greatest = {tile.owner: 0 for tile in tiles}
+    for tile in tiles:
+        greatest[tile.owner] = max(greatest[tile.owner], tile.height)
+    heights = [height for owner, height in greatest.items() if owner < len(sizes)]
+    assert heights == sorted(heights, reverse=True)
+
+
 def test_public_function_lowers_for_hopper() -> None:
-    """Two Triton kernels, and for the weights' gradient one of Mosaic GPU; a Triton one where widths do not fit it."""
+    """Three Mosaic GPU kernels; of Triton where widths do not fit them."""
     with dispatch.target("gpu", 9.0):
-        for width, hidden, kernels in ((2048, 3072, (2, 1)), (1152, 3072, (2, 1)), (2048, 3136, (3, 0))):
+        for width, hidden, kernels in ((2048, 3072, (0, 3)), (1152, 3072, (0, 3)), (2048, 3136, (3, 0))):
             shapes = ((4096, width), (8, width, hidden), (4096, hidden))
             arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
             traced = results.trace(*arguments, jax.ShapeDtypeStruct((8,), jnp.int32))

@@ -1,15 +1,15 @@
 """The weights' gradient of the grouped matmul on Hopper (sm_90a), in Pallas Mosaic GPU.
 
 An expert has few rows for the size of its matrix, so that a tile's product is short beside reading its first operands
-and writing its result. Here the CTAs stay: a loader warpgroup goes on to the next tile while two others, each with half
-of a tile's rows, still write the last one. Two CTAs, with tiles one above the other, are a cluster: each loads half of
-the dy that both multiply with, since the cache's bandwidth is what limits. Where the tiles are odd in number, each CTA
-is a cluster.
+and writing its result. Here the CTAs stay (`mosaic_gpu_cta.py`). Two CTAs, with tiles one above the other, are a
+cluster: each loads half of the dy that both multiply with, since the cache's bandwidth is what limits. Where the tiles
+are odd in number, each CTA is a cluster.
 
 Tiles of shared memory are filled from multiples of 8 rows. An expert's rows up to the first of these, and those left
 over at its end, are copied beforehand, zeros after them: the kernel masks nothing.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import varying_like
+from pallas_kernels.grouped_matmul.mosaic_gpu_cta import ALIGNMENT, STAGES, WIDTHS, Cta, launch
+from pallas_kernels.hopper import MULTIPROCESSORS, tiles
 
-MULTIPROCESSORS = 132
-ROWS, COLUMNS, STEP = 128, 256, 64
-"""A tile of the result, and how many rows of x and dy are multiplied at a time."""
+ROWS, COLUMNS = WIDTHS
+"""Of a tile of the result."""
+STEP = 64
+"""How many rows of x and dy are multiplied at a time."""
 EDGE = 2 * STEP
 """Rows of an expert at its ends, at most 7 and STEP - 1 of them."""
-STAGES = 4
 STORED = 128
 """Columns that are written at a time: what the rest of the tile would take in shared memory is another stage."""
 BAND = 4
 """Clusters' tiles above each other that are worked on before those to their right: together they read little."""
-REGISTERS = {"increase": 232, "decrease": 40}
-ALIGNMENT = 8
 
 
 class _Walk(NamedTuple):
@@ -40,15 +40,6 @@ class _Walk(NamedTuple):
     first: jax.Array
     whole: jax.Array
     edge: jax.Array
-
-
-def obstacle(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> str | None:
-    """Says why the gradient of w [E, D, F] cannot be taken here for x [M, D], or None when it can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it is written for bfloat16 and float16, not {x.dtype.name}"
-    if w.shape[1] % ROWS or w.shape[2] % COLUMNS:
-        return f"widths {w.shape[1]} and {w.shape[2]} are no multiples of {ROWS} and {COLUMNS}"
-    return None
 
 
 def weight_gradient(
@@ -68,30 +59,18 @@ def weight_gradient(
     walk, edge_rows = _cut(group_sizes, x.shape[0])
     members = 1 if inner // ROWS % 2 else 2
     grid = (experts, inner // (members * ROWS), outer // COLUMNS)
-
-    def body(*refs: Any, **smem: Any) -> None:
-        _Cta(*refs, smem=smem, grid=grid, members=members, clusters=programs // members).run()
-
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-    dw = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((experts * inner, outer), x.dtype),
-        scratch_types={
-            "x": plgpu.SMEM((STAGES, STEP, ROWS), x.dtype, transforms=transforms),
-            "dy": plgpu.SMEM((STAGES, STEP, COLUMNS), x.dtype, transforms=transforms),
-            "out": plgpu.SMEM((2, ROWS // 2, STORED), x.dtype, transforms=transforms),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            "empty": plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=STAGES),
-            "done": plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=3),
+    (dw,) = launch(
+        functools.partial(_Cta, grid=grid),
+        (x, dy, _take(x, edge_rows), _take(dy, edge_rows), *walk),
+        [jax.ShapeDtypeStruct((experts * inner, outer), x.dtype)],
+        {
+            "x": tiles(x.dtype, STAGES, STEP, ROWS),
+            "dy": tiles(x.dtype, STAGES, STEP, COLUMNS),
+            "out": tiles(x.dtype, 2, ROWS // 2, STORED),
         },
-        grid=(programs // members,),
-        grid_names=("cluster",),
-        cluster=(members,),
-        cluster_names=("member",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(x, dy, _take(x, edge_rows), _take(dy, edge_rows), *walk)
+        programs=programs,
+        members=members,
+    )
     return varying_like(dw.reshape(experts, inner, outer), x)
 
 
@@ -115,43 +94,15 @@ def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
     return x.at[rows.reshape(-1)].get(mode="fill", fill_value=0)
 
 
-class _Cta:
-    """The body of one CTA: a method for each role."""
+class _Cta(Cta):
+    """The body of one CTA."""
 
-    def __init__(
-        self,
-        *refs: Any,
-        smem: dict[str, Any],
-        grid: tuple[int, int, int],
-        members: int,
-        clusters: int,
-    ) -> None:
+    def __init__(self, *refs: Any, grid: tuple[int, int, int], **keywords: Any) -> None:
+        super().__init__(**keywords)
         self.x, self.dy, self.x_edge, self.dy_edge, first, whole, edge, self.out = refs
         self.walk = _Walk(first, whole, edge)
-        self.smem = smem
         self.experts, self.down, self.across = grid
-        self.members, self.clusters = members, clusters
         self.tiles = self.experts * self.down * self.across
-        self.cluster = lax.axis_index("cluster")
-        self.member = lax.axis_index("member")
-
-    def run(self) -> None:
-        """Gives every warpgroup its role."""
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == 2)
-        def _() -> None:
-            plgpu.set_max_registers(REGISTERS["decrease"], action="decrease")
-            self.load()
-
-        @pl.when(warpgroup < 2)
-        def _() -> None:
-            plgpu.set_max_registers(REGISTERS["increase"], action="increase")
-            self.multiply(warpgroup)
-
-        # A warpgroup that exits while another issues wgmma faults, and so does a CTA that another still writes to.
-        plgpu.barrier_arrive(self.smem["done"])
-        plgpu.barrier_wait(self.smem["done"])
 
     def place(self, visit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Expert, first row and first column of the tile of a visit of this CTA."""
@@ -168,7 +119,7 @@ class _Cta:
 
     def load(self) -> None:
         """Streams the rows that each tile adds up, tile after tile."""
-        full, empty = self.smem["full"], self.smem["empty"]
+        full = self.smem["full"]
 
         def visit(index: jax.Array, count: jax.Array) -> jax.Array:
             expert, row, column = self.place(index)
@@ -185,8 +136,7 @@ class _Cta:
 
             @pl.loop(0, whole + edge)
             def _(step: jax.Array) -> None:
-                slot = lax.rem(count + step, STAGES)
-                pl.when(count + step >= STAGES)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                slot = self.free_slot(count + step)
 
                 @pl.when(step < whole)
                 def _() -> None:
@@ -200,38 +150,20 @@ class _Cta:
 
             return count + whole + edge
 
-        total = lax.fori_loop(0, self.visits, visit, jnp.int32(0))
-
-        # Every phase must be seen before the CTA ends.
-        @pl.loop(jnp.maximum(total - STAGES, 0), total)
-        def _(step: jax.Array) -> None:
-            plgpu.barrier_wait(empty.at[lax.rem(step, STAGES)])
+        self.drain(lax.fori_loop(0, self.visits, visit, jnp.int32(0)))
 
     def multiply(self, half: jax.Array) -> None:
         """Computes half of the rows of each tile, and writes them while the next ones are being loaded."""
-        full, empty = self.smem["full"], self.smem["empty"]
         own = pl.ds(half * (ROWS // 2), ROWS // 2)
         out = self.smem["out"].at[half]
+
+        def operands(slot: jax.Array) -> tuple[Any, Any]:
+            return self.smem["x"].at[slot, :, own].T, self.smem["dy"].at[slot]
 
         def visit(index: jax.Array, count: jax.Array) -> jax.Array:
             expert, row, column = self.place(index)
             steps = self.walk.whole[expert] + self.walk.edge[expert]
-
-            def product(acc: Any) -> jax.Array:
-                @pl.loop(0, steps)
-                def _(step: jax.Array) -> None:
-                    slot = lax.rem(count + step, STAGES)
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.wgmma(acc, self.smem["x"].at[slot, :, own].T, self.smem["dy"].at[slot])
-                    plgpu.wgmma_wait(1)
-                    previous = lax.rem(count + step + STAGES - 1, STAGES)
-                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[previous]))
-
-                return acc[...]
-
-            result = pl.run_scoped(product, plgpu.ACC((ROWS // 2, COLUMNS), jnp.float32))
-            last = lax.rem(count + steps + STAGES - 1, STAGES)
-            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
+            result = self.sum_up((ROWS // 2, COLUMNS), count, steps, operands)
             rows = pl.ds(expert * (self.down * self.members * ROWS) + row + half * (ROWS // 2), ROWS // 2)
             for left in range(0, COLUMNS, STORED):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
