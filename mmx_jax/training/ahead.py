@@ -208,7 +208,7 @@ def _kernel_flops(target: Target, mesh: Mesh) -> Callable[[hlo.Instruction, Sequ
 
     def of(item: hlo.Instruction, shapes: Sequence[str]) -> float:
         if "expert_matmul" in item.op_name or item.name.startswith("ragged-dot"):  # (some lose their scope)
-            return _grouped_matmul_flops(shapes)
+            return _grouped_matmul_flops(item.shape, shapes)
         # Pallas kernels on TPUs are called by name; those on GPUs are known by the scope that they stand in.
         name = item.name if target.topology.chip.platform == "tpu" else item.op_name
         if name.startswith("softmax_"):
@@ -243,10 +243,10 @@ def _share_of_queries(item: hlo.Instruction, shapes: Sequence[str]) -> float:
     return math.prod(hlo.dimensions(item.shape)) / math.prod(queries)
 
 
-def _grouped_matmul_flops(shapes: Sequence[str]) -> float:
-    """Of rows [M, K] by the weights [E, K, N] of their experts, or by rows [M, N] to the weights' gradient."""
-    matrices = [sizes for shape in shapes if len(sizes := hlo.dimensions(shape)) > 1]
-    return 2.0 * math.prod(matrices[0]) * matrices[1][-1] if len(matrices) > 1 else 0.0
+def _grouped_matmul_flops(result: str, shapes: Sequence[str]) -> float:
+    """Of rows [M, K] by their experts' weights to [M, N], or by rows [M, N] to the weights' gradient [.., K, N]."""
+    rows = next((sizes for shape in shapes if len(sizes := hlo.dimensions(shape)) > 1), None)
+    return 2.0 * math.prod(rows) * hlo.dimensions(result)[-1] if rows else 0.0
 
 
 def estimate(target: Target, cost: Cost, slower: Cost, dearest: Cost) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class _Tile(NamedTuple):
     rows: jax.Array
 
 
+# Lowering a kernel of so many heights takes seconds: once for all calls of one shape in a program.
+@functools.partial(jax.jit, static_argnames=("transposed", "programs"))
 def matmul(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool, *, programs: int = MULTIPROCESSORS
 ) -> jax.Array:
