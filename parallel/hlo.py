@@ -14,6 +14,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _VIEWS = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 _READS_PART = ("dynamic-slice", "slice", "gather")
+_WRITES_PART = {"dynamic-update-slice": 1, "scatter": 2}
+"""Those that change a part of their first operand in place, and which operand says to what."""
 
 
 @dataclass
@@ -248,8 +250,8 @@ def moved_bytes(instruction: Instruction, computation: Computation, module: Modu
     written = array_bytes(instruction.shape, main_memory=True)
     if instruction.opcode in _READS_PART:
         return 2 * written
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * array_bytes(shapes[1], main_memory=True)
+    if instruction.opcode in _WRITES_PART:
+        return 2 * array_bytes(shapes[_WRITES_PART[instruction.opcode]], main_memory=True)
     return written + sum(array_bytes(shape, main_memory=True) for shape in shapes)
 
 
@@ -260,10 +262,10 @@ def _fusion_bytes(fusion: Instruction, shapes: list[str], inner: Computation, mo
     for place, shape in enumerate(shapes):
         users = [item for item in inner.instructions if parameters.get(place) in item.operands]
         whole = array_bytes(shape, main_memory=True)
-        updates = [u for u in users if u.opcode == "dynamic-update-slice" and u.operands[0] == parameters.get(place)]
+        updates = [u for u in users if u.opcode in _WRITES_PART and u.operands[0] == parameters.get(place)]
         if users and len(updates) == len(users):
             # Written in place: neither read nor written as a whole.
-            changed = sum(array_bytes(inner.by_name[u.operands[1]].shape) for u in updates)
+            changed = sum(array_bytes(inner.by_name[u.operands[_WRITES_PART[u.opcode]]].shape) for u in updates)
             written += min(changed, whole) - whole
         else:
             read += min(whole, _read_bytes(parameters.get(place, ""), inner, module))

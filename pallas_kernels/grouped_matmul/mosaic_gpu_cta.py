@@ -1,7 +1,7 @@
 """What the grouped matmul's kernels for Hopper (sm_90a) have in common: their launch, and the warpgroups of a CTA.
 
 The CTAs stay: a loader warpgroup goes on to the next tile while two others, each with half of a tile, still write the
-last one. CTAs whose tiles lie side by side are a cluster, each of which loads a part of what all multiply with.
+last one. CTAs whose tiles are neighbours are a cluster, each of which loads a part of what all multiply with.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
 
 ALIGNMENT = 8
 """Rows of the swizzle's pattern: tiles of shared memory are filled from, and written to, multiples of them."""
@@ -26,6 +28,8 @@ def obstacle(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeS
     """Says why rows x [M, D] cannot be multiplied with w [E, D, F] here, or None when they can."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it is written for bfloat16 and float16, not {x.dtype.name}"
+    if reason := hopper.obstacle():
+        return reason
     if any(width % least for width, least in zip(w.shape[1:], WIDTHS, strict=True)):
         return f"widths {w.shape[1]} and {w.shape[2]} are no multiples of {WIDTHS[0]} and {WIDTHS[1]}"
     return None

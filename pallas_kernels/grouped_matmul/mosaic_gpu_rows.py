@@ -96,7 +96,8 @@ def matmul(
         },
         programs=programs,
         members=1 if outer // COLUMNS % 2 else 2,
-        # No thread reads what it writes to shared memory; copies out of it wait for commit_smem, which is a barrier.
+        # No thread reads what it writes to shared memory. Copies out of it wait for commit_smem, and writes over it for
+        # wait_smem_to_gmem: both are barriers of the warpgroup.
         automatic_barriers=False,
     )
     return varying_like(_mended(y, shared, groups)[:rows], x)
@@ -105,8 +106,9 @@ def matmul(
 def _groups(group_sizes: jax.Array, rows: int) -> _Groups:
     expert = jnp.arange(group_sizes.shape[0] + 1)
     earlier = expert[:-1] < expert[:, None]
-    starts = jnp.sum(jnp.where(earlier, group_sizes.astype(jnp.int32), 0), axis=1)
-    return _Groups(starts, jnp.append(starts[1:], rows))
+    sums = jnp.sum(jnp.where(earlier, group_sizes.astype(jnp.int32), 0), axis=1, dtype=jnp.int32)
+    starts = jnp.minimum(sums, rows)
+    return _Groups(starts, jnp.append(starts[1:], jnp.int32(rows)))
 
 
 def _tiles(groups: _Groups, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -124,15 +126,18 @@ def _tiles(groups: _Groups, rows: int) -> tuple[jax.Array, jax.Array]:
     expert = jnp.arange(starts.shape[0], dtype=jnp.int32)
     height = jnp.where(expert < expert.size - 1, -(-units // jnp.maximum(count, 1)), -1)
     precedes = (height > height[:, None]) | ((height == height[:, None]) & (expert < expert[:, None]))
-    first = jnp.sum(jnp.where(precedes, count, 0), axis=1)
+    first = jnp.sum(jnp.where(precedes, count, 0), axis=1, dtype=jnp.int32)
 
     index = jnp.arange(-(-rows // ROWS) + 2 * expert.size, dtype=jnp.int32)[:, None]
     owns = (index >= first) & (index < first + count)
     facts = jnp.stack([expert, first, count, units, aligned, starts, ends])
-    owner, first, tiles_of_it, units, aligned, begins, ends = jnp.sum(jnp.where(owns[:, None], facts, 0), axis=2).T
+    facts = jnp.sum(jnp.where(owns[:, None], facts, 0), axis=2, dtype=jnp.int32)
+    owner, first, tiles_of_it, units, aligned, begins, ends = facts.T
     tiles_of_it = jnp.maximum(tiles_of_it, 1)
     own = index[:, 0] - first
-    top, bottom = (units * i // tiles_of_it for i in (own, own + 1))
+    # The first tiles have one unit more.
+    each, more = units // tiles_of_it, units % tiles_of_it
+    top, bottom = (each * i + jnp.minimum(i, more) for i in (own, own + 1))
     start = aligned + top * UNIT
     computed = jnp.zeros_like(start)
     for allowed in reversed(HEIGHTS):
@@ -148,7 +153,7 @@ def _tiles(groups: _Groups, rows: int) -> tuple[jax.Array, jax.Array]:
         before=jnp.maximum(begins - start, 0),
         rows=jnp.minimum(aligned + bottom * UNIT, ends) - start,
     )
-    return jnp.sum(count, keepdims=True), jnp.stack(tile, axis=1)
+    return jnp.sum(count, keepdims=True, dtype=jnp.int32), jnp.stack(tile, axis=1)
 
 
 def _mended(y: jax.Array, shared: jax.Array, groups: _Groups) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arrays import accumulator, alike
+from pallas_kernels.arrays import accumulator, alike, varying_like
 from pallas_kernels.lightning import chunked, reference
 from pallas_kernels.lightning.implementation import Operation
 from pallas_kernels.lightning.segments import canonical_segment_ids
@@ -88,7 +88,8 @@ def lightning_attention(
     """
     slopes = _checked("lightning_attention", "BTNH", slopes, q=q, k=k, v=v)
     _check_rows("lightning_attention", q, segment_ids, initial_state=initial_state)
-    o, state = _attention(implementation, return_state, *alike(q, k, v, slopes, segment_ids, initial_state))
+    name = _choose("forward", q, packed=segment_ids is not None, forced=implementation)
+    o, state = _attention(name, return_state, *alike(q, k, v, slopes, segment_ids, initial_state))
     return (o, state) if return_state else o
 
 
@@ -116,7 +117,7 @@ def lightning_backward(
     """
     slopes = _checked("lightning_backward", "BTNH", slopes, q=q, k=k, v=v, do=do)
     _check_rows("lightning_backward", q, segment_ids, initial_state=initial_state, dstate=dstate)
-    chosen = _choose("backward", q, packed=segment_ids is not None, forced=implementation)
+    chosen = _module(_choose("backward", q, packed=segment_ids is not None, forced=implementation))
     return chosen.backward(q, k, v, slopes, _described(chosen, segment_ids), initial_state, do, dstate)
 
 
@@ -150,7 +151,7 @@ def chunk_state(
     """
     slopes = _checked("chunk_state", "BTNH", slopes, k=k, v=v)
     _check_rows("chunk_state", k, segment_ids)
-    chosen = _choose("chunk_state", k, packed=segment_ids is not None, forced=implementation)
+    chosen = _module(_choose("chunk_state", k, packed=segment_ids is not None, forced=implementation))
     state = chosen.chunk_state(k, v, slopes, _described(chosen, segment_ids), reverse)
     rates = slopes.astype(state.dtype)
     if segment_ids is None:
@@ -191,7 +192,7 @@ def decode_step(
     _check_state("decode_step", "state", state, q, state.shape[0] if slots is not None and state.ndim else batch)
     if slots is not None:
         _check_integers("decode_step", "slots", slots, "[B]", (batch,))
-    chosen = _choose("decode_step", q[:, None], packed=slots is not None, forced=implementation)
+    chosen = _module(_choose("decode_step", q[:, None], packed=slots is not None, forced=implementation))
     return chosen.decode_step(q, k, v, state, slopes, slots)
 
 
@@ -205,7 +206,7 @@ def _described(chosen: Any, segment_ids: jax.Array | None) -> jax.Array | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    implementation: str | None,
+    name: str,
     return_state: bool,
     q: jax.Array,
     k: jax.Array,
@@ -214,14 +215,14 @@ def _attention(
     ids: jax.Array | None,
     initial_state: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
+    chosen = _module(name)
     o, state = chosen.forward(q, k, v, slopes, _described(chosen, ids), initial_state)
     return o, state if return_state else None
 
 
-def _attention_forward(implementation: str | None, return_state: bool, *arguments: Any) -> tuple[Any, Any]:
+def _attention_forward(name: str, return_state: bool, *arguments: Any) -> tuple[Any, Any]:
     q, k, v, slopes, ids, initial_state = arguments
-    chosen = _choose("forward", q, packed=ids is not None, forced=implementation)
+    chosen = _module(name)
     arguments = (q, k, v, slopes, _described(chosen, ids), initial_state)
     if hasattr(chosen, "forward_saving"):
         o, state, saved = chosen.forward_saving(*arguments)
@@ -230,12 +231,11 @@ def _attention_forward(implementation: str | None, return_state: bool, *argument
     return (o, state if return_state else None), (arguments, {} if saved is None else {"saved": saved})
 
 
-def _attention_backward(implementation: str | None, return_state: bool, residuals: Any, gradients: Any) -> Any:
-    # The segments are as the implementation of the forward takes them, which is that of the backward too.
+def _attention_backward(name: str, return_state: bool, residuals: Any, gradients: Any) -> Any:
     (q, k, v, slopes, segments, initial_state), saved = residuals
     do, dstate = gradients
-    chosen = _choose("backward", q, packed=segments is not None, forced=implementation)
-    dq, dk, dv, dinitial = chosen.backward(q, k, v, slopes, segments, initial_state, do, dstate, **saved)
+    results = _module(name).backward(q, k, v, slopes, segments, initial_state, do, dstate, **saved)
+    dq, dk, dv, dinitial = (varying_like(x, q) for x in results)
     return dq, dk, dv, None, None, None if initial_state is None else dinitial.astype(initial_state.dtype)
 
 
@@ -257,8 +257,8 @@ def _module(name: str) -> Any:
     return _PORTABLE.get(name) or importlib.import_module(f"pallas_kernels.lightning.{name}")
 
 
-def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | None) -> Any:
-    """Returns the `Implementation` that runs this call."""
+def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | None) -> str:
+    """Returns the name of the `Implementation` that runs this call."""
 
     def obstacle(name: str) -> str | None:
         try:
@@ -269,8 +269,7 @@ def _choose(operation: Operation, q: jax.Array, *, packed: bool, forced: str | N
 
     title = f"lightning {operation} of {q.dtype.name}{list(q.shape)}{' packed' if packed else ''}"
     candidates = _candidates(operation) if q.size else ()  # a kernel cannot be launched for nothing
-    name = dispatch.choose(title, candidates, obstacle, fallback="chunked", forced=forced, known=NAMES)
-    return _module(name)
+    return dispatch.choose(title, candidates, obstacle, fallback="chunked", forced=forced, known=NAMES)
 
 
 def _checked(function: str, axes: str, slopes: jax.Array, **tokens: jax.Array) -> jax.Array:

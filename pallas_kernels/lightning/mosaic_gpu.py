@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Int
 
-from pallas_kernels.hopper import MULTIPROCESSORS
+from pallas_kernels import hopper
 from pallas_kernels.lightning import mosaic_gpu_segments
 from pallas_kernels.lightning.implementation import Heads, Operation, Slopes, State
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Gather, Job, Plan, Tuning
@@ -57,6 +57,8 @@ def supports(operation: Operation, shape: tuple[int, int, int, int], dtype: DTyp
     _, length, _, dim = shape
     if operation == "decode_step":
         return "decoding has no kernel here"
+    if reason := hopper.obstacle():
+        return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"q, k and v must be bfloat16, not {jnp.dtype(dtype).name}"
     if dim != HEAD_DIM:
@@ -174,11 +176,11 @@ def _cost(plan: Plan, rows: int, chunks: int, known: int = 0) -> float:
     if steps * (plan.pieces - 1) >= chunks:
         return float("inf")  # a piece would be empty
     ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
-    if len(plan.jobs) > 2 and (plan.pieces > 1 or ctas > MULTIPROCESSORS):
+    if len(plan.jobs) > 2 and (plan.pieces > 1 or ctas > hopper.MULTIPROCESSORS):
         return float("inf")  # cut they need states of both ways; too many drift apart and read operands again
     if len(plan.jobs) == 2 and plan.tuning.tile < HEAD_DIM:
         return float("inf")  # four CTAs read what two could: at R 0.402 ms instead of 0.282
-    busy = -(-ctas // MULTIPROCESSORS) * steps * STEP[plan.tuning]
+    busy = -(-ctas // hopper.MULTIPROCESSORS) * steps * STEP[plan.tuning]
     # Jobs that walk the other way are elsewhere in the sequence: they find little of what the others read in the cache.
     read = {(x, job.descending) for job in plan.jobs for x in (job.a, job.b, job.c)}
     tensors = len(read) + len(plan.jobs)
@@ -208,7 +210,7 @@ def _gather_cost(plan: Gather, rows: int, chunks: int) -> float:
     if per_piece * (plan.pieces - 1) + steps * (plan.split - 1) >= chunks or steps * (plan.split - 1) >= per_piece:
         return float("inf")  # a part would be empty
     ctas = rows * (plan.pieces - plan.skip_last) * plan.split
-    busy = -(-ctas // MULTIPROCESSORS) * steps * GATHER_STEP[plan.orientations * plan.terms]
+    busy = -(-ctas // hopper.MULTIPROCESSORS) * steps * GATHER_STEP[plan.orientations * plan.terms]
     moved = 2 * ctas * steps * plan.chunk * HEAD_DIM * 2 / BANDWIDTH[HEAD_DIM]
     return _both(busy, moved) + LAUNCH
 

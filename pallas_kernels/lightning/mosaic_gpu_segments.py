@@ -22,8 +22,10 @@ BLOCK, WARPS = 1024, 4
 """Tokens and warps of a program of the Triton kernels."""
 MOST_BLOCKS = 1024
 """Blocks of a row whose summaries one program reads; blocks of longer rows are larger."""
-LONGEST = 2**24
-"""Tokens of a row that they are made for."""
+LONGEST = 2**22
+"""Tokens of a row that they are made for: in longer ones registers spill."""
+MOST_ROWS = 2**16 - 1
+"""What the second dimension of a CUDA grid may have."""
 
 AGES = 128
 """A token's entry holds its age in the chunk, less than this, and this times its place among the chunk's segments."""
@@ -60,7 +62,8 @@ def describe(segment_ids: Int[Array, "B T"], chunk: int) -> Description:
         the chunk up to and including it, plus `AGES` times its place: 0 for padding, 1 for the segment that an
         ascending state enters with, 2 for the next.
     """
-    suits = np.can_cast(segment_ids.dtype, np.int32) and segment_ids.shape[1] <= LONGEST
+    batch, length = segment_ids.shape
+    suits = np.can_cast(segment_ids.dtype, np.int32) and length <= LONGEST and batch <= MOST_ROWS
     if suits and triton_launch.obstacle(()) is None:
         return describe_by_triton(segment_ids, chunk)
     return describe_by_xla(segment_ids, chunk)

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,12 +273,22 @@ def test_hopper_rows_equal_the_definition(rows: int, sizes: tuple[int, ...], wid
     assert cases.relative(actual, expected) <= 2e-3
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_hopper_tiles_cover_each_row_once(seed: int) -> None:
-    """Of each expert, and of none; tiles fit their heights; bands keep to an expert, and lower tiles follow higher."""
+def _drawn_groups(seed: int) -> tuple[int, np.ndarray]:
     random = np.random.default_rng(seed)
-    sizes = random.integers(0, (4, 60, 900)[seed % 3], random.integers(1, 9)).astype(np.int32)
-    rows = max(256, int(-(-(sizes.sum() + random.integers(0, 300)) // 8) * 8))
+    sizes = random.integers(0, (4, 60, 900)[seed % 3], random.integers(1, 9))
+    return max(256, int(-(-(sizes.sum() + random.integers(0, 300)) // 8) * 8)), sizes
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [*map(_drawn_groups, range(20)), (8_000_000, [7_500_001, 9]), (4_000_000, [8, 8]), (256, [300, 5])],
+)
+def test_hopper_tiles_cover_each_row_once(rows: int, sizes: Sequence[int]) -> None:
+    """Of each expert, and of none; tiles fit their heights; bands keep to an expert, and lower tiles follow higher.
+
+    Also where an expert has millions of rows; and no tile lies beyond the rows, whatever the sizes say.
+    """
+    sizes = np.asarray(sizes, np.int32)
     number, table = mosaic_gpu_rows._tiles(mosaic_gpu_rows._groups(jnp.asarray(sizes), rows), rows)
     tiles = [mosaic_gpu_rows._Tile(*map(int, tile)) for tile in np.asarray(table)[: int(number[0])]]
     owners = np.full(rows, -1)
@@ -291,7 +301,7 @@ def test_hopper_tiles_cover_each_row_once(seed: int) -> None:
         own[:] = tile.owner
         assert tile.first <= index < tile.first + tile.band <= len(tiles)
         assert {tiles[i].owner for i in range(tile.first, tile.first + tile.band)} == {tile.owner}
-    expected = np.repeat(np.arange(len(sizes) + 1), [*sizes, rows - sizes.sum()])
+    expected = np.repeat(np.arange(len(sizes) + 1), [*sizes, max(rows - sizes.sum(), 0)])[:rows]
     np.testing.assert_array_equal(owners, expected)
     greatest = {tile.owner: 0 for tile in tiles}
     for tile in tiles:

@@ -95,7 +95,7 @@ def test_triton_describes_rows_as_the_definition_does(
     np.testing.assert_array_equal(interpreted[name], defined[name][:, :chunks])
 
 
-@pytest.mark.parametrize("length", [1, 32_768, 2**21])
+@pytest.mark.parametrize("length", [1, 32_768, mosaic_gpu_segments.LONGEST])
 def test_triton_kernels_compile_for_hopper(length: int, compiled: list[Any], tmp_path: Path) -> None:
     """Two kernels without local memory, however many blocks there are."""
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
@@ -132,6 +132,27 @@ def test_forward_and_backward_share_one_description() -> None:
     assert "custom_call @mosaic_gpu_v2" in text
     assert "cumsum" not in str(traced.jaxpr)
     assert "cummax" not in str(traced.jaxpr)
+
+
+def test_the_backward_runs_where_the_forward_did() -> None:
+    """What the forward keeps is its implementation's own; the pullback may be called under another target."""
+
+    def gradient(q: jax.Array, ids: jax.Array) -> jax.Array:
+        with dispatch.target("gpu", 9.0):
+            loss, pull = jax.vjp(lambda q: _loss(q, ids), q)
+        return pull(loss)[0]
+
+    q, ids = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    assert jax.eval_shape(gradient, q, ids).shape == q.shape
+
+
+def test_hopper_kernels_are_not_traced_with_64_bit_indices() -> None:
+    """Triton's run instead."""
+    q, ids = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    with jax.enable_x64(True), dispatch.target("gpu", 9.0):
+        text = jax.jit(jax.grad(_loss)).trace(q, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton_kernel_call" in text
+    assert "mosaic_gpu_v2" not in text
 
 
 def test_ids_as_given_equal_canonical_ones() -> None:

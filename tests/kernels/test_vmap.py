@@ -1,4 +1,4 @@
-"""`jax.vmap` of the operations whose kernels on GPUs are launched through jax-triton."""
+"""`jax.vmap` of the operations that have kernels on GPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.lightning import decode_step
+from pallas_kernels.lightning import decode_step, lightning_attention
 from pallas_kernels.norm_gate import norm_gate
 from pallas_kernels.softmax import softmax_attention
 
@@ -42,6 +42,16 @@ CALLS: dict[str, tuple[Callable[[jax.Array], Any], jax.Array, int]] = {
         _normal(3, 8, 64),
         1,
     ),
+    "grouped_matmul, wide": (
+        lambda x: grouped_matmul(x, jnp.ones((2, 128, 256), x.dtype), jnp.array([3, 5], jnp.int32)),
+        _normal(3, 8, 128),
+        1,
+    ),
+    "packed lightning": (
+        lambda x: lightning_attention(x, x, x, jnp.full(2, 0.1), segment_ids=jnp.arange(96)[None] // 40),
+        _normal(3, 1, 96, 2, 128) / 10,
+        3,
+    ),
     "decode_step": (
         lambda x: decode_step(x, x, x, jnp.ones((2, 4, 128, 128)), jnp.full(4, 0.1)),
         _normal(3, 2, 4, 128),
@@ -60,4 +70,4 @@ def test_vmapped_calls_equal_calls_one_by_one(name: str) -> None:
         np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=2e-2, atol=2e-2)
     with dispatch.target("gpu", 9.0):
         text = jax.jit(jax.vmap(call)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("triton_kernel_call") == launches
+    assert text.count("triton_kernel_call") + text.count("@mosaic_gpu_v2") == launches

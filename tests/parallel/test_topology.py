@@ -198,6 +198,57 @@ def test_grouped_products_without_their_scope_are_counted() -> None:
     assert flops(main.by_name["ragged-dot-metadata"], main.operand_shapes(main.by_name["ragged-dot-metadata"])) == 0
 
 
+SCOPE = 'metadata={op_name="jit(step)/expert_matmul/kernel"}'
+MOSAIC = f"""
+ENTRY %main (dy: bf16[64,128], weights: bf16[1024,128], x: bf16[64,256], n: s32[1]) -> bf16[1024,128] {{
+  %dy = bf16[64,128]{{1,0}} parameter(0)
+  %weights = bf16[1024,128]{{1,0}} parameter(1)
+  %x = bf16[64,256]{{1,0}} parameter(2)
+  %n = s32[1]{{0}} parameter(3)
+  %dx = (bf16[64,256]{{1,0}}, bf16[80,256]{{1,0}}) custom-call(%dy, %weights, %n), {SCOPE}
+  ROOT %dw = bf16[1024,128]{{1,0}} custom-call(%x, %dy, %n), {SCOPE}
+}}
+"""
+
+
+@pytest.mark.parametrize("name", ["dx", "dw"])
+def test_grouped_gradients_are_counted_with_their_own_widths(name: str) -> None:
+    """64 rows by four matrices [256, 128] whichever way: the rows' gradient is wider than what it is made of."""
+    main = hlo.parse(MOSAIC).computations["main"]
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    flops = ahead._kernel_flops(Target(RUN, parse_topology("h100:4")), mesh)
+    assert flops(main.by_name[name], main.operand_shapes(main.by_name[name])) == 2 * 64 * 256 * 128
+
+
+SCATTER = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+%fused (y: f32[4096,128], rows: s32[8,1], x: f32[8,128]) -> f32[4096,128] {
+  %y = f32[4096,128]{1,0} parameter(0)
+  %rows = s32[8,1]{1,0} parameter(1)
+  %x = f32[8,128]{1,0} parameter(2)
+  ROOT %s = f32[4096,128]{1,0} scatter(%y, %rows, %x), to_apply=%add
+}
+ENTRY %main (y: f32[4096,128], rows: s32[8,1], x: f32[8,128]) -> f32[4096,128] {
+  %y = f32[4096,128]{1,0} parameter(0)
+  %rows = s32[8,1]{1,0} parameter(1)
+  %x = f32[8,128]{1,0} parameter(2)
+  ROOT %f = f32[4096,128]{1,0} BODY
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "body", ["fusion(%y, %rows, %x), kind=kInput, calls=%fused", "scatter(%y, %rows, %x), to_apply=%add"]
+)
+def test_rows_written_in_place_count_as_rows(body: str) -> None:
+    """8 of 4,096 rows are read and 8 are written."""
+    cost = Roofline(CHIPS["h100"], [], lambda item, shapes: 0.0).cost(hlo.parse(SCATTER.replace("BODY", body)))
+    assert cost.memory_bytes == pytest.approx(2 * 8 * 128 * 4, abs=8 * 4)
+
+
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.usefixtures("compiler")
 class TestGpus:
