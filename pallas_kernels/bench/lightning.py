@@ -20,6 +20,10 @@ DIM = 128
 CHUNK = 64
 AHEAD = 4
 """So many cases are being compiled while another is timed."""
+TOGETHER = 4
+"""Calls of one program where a call of its own would be over before the host has queued the next one."""
+SHORT = 8192 * 16 * DIM
+"""Elements of a tensor up to which that is so."""
 TENSORS = {"fwd": 4, "fwd+bwd": 11}
 """Tensors of q's size that are read or written: q, k, v, o; then q, k, v, do, dq, dk, dv."""
 
@@ -56,6 +60,11 @@ class Case:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def together(self) -> int:
+        """Calls in a program that is timed."""
+        return TOGETHER if self.elements <= SHORT else 1
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -112,7 +121,7 @@ def _compiling(
     tensor = jax.ShapeDtypeStruct(case.shape, jnp.bfloat16)
     arguments = (*[tensor] * 3, tensor if case.backward else None, *jax.eval_shape(lambda: _shared(case, name)))
     try:
-        lowered = jax.jit(functools.partial(_call, name, what)).lower(*arguments)
+        lowered = jax.jit(functools.partial(_calls, name, what)).lower(*[arguments] * case.together)
     except Exception as error:
         failed: concurrent.futures.Future[jax.stages.Compiled] = concurrent.futures.Future()
         failed.set_exception(error)
@@ -130,14 +139,15 @@ def _timed(
     row, shared = _row(case, what, name), _shared(case, name)
     if compiling is None:
         return common.peer(row, name, functools.partial(peers.fla, tokens, *shared, backward=what != "fwd"))
-    inputs = [(*arrays, *shared) for arrays in tokens]
+    sets = [(*arrays, *shared) for arrays in tokens]
+    inputs = [[sets[(first + i) % len(sets)] for i in range(case.together)] for first in range(len(sets))]
     if name != "ours":
-        return common.peer(row, name, lambda: milliseconds(compiling.result(), inputs))
+        return common.peer(row, name, lambda: milliseconds(compiling.result(), inputs) / case.together)
     compiled = compiling.result()
-    notes = [_memory(compiled, inputs[0])]
-    row.ms = milliseconds(compiled, inputs)
+    notes = [_memory(compiled, inputs[0]) if case.together == 1 else f"{case.together} calls a program"]
+    row.ms = milliseconds(compiled, inputs) / case.together
     if case.checked and what == "fwd+bwd":
-        row.errors = _errors(*inputs[0])
+        row.errors = _errors(*sets[0])
         notes.append(_repeats(compiled, inputs[0]))
     row.note = ", ".join(note for note in notes if note)
     return row
@@ -211,6 +221,11 @@ def _call(
     return o, pull(do)
 
 
+def _calls(name: str, what: str, *sets: Sequence[Any]) -> list[Any]:
+    """What calls on several sets of arguments return."""
+    return [_call(name, what, *arguments) for arguments in sets]
+
+
 def _memory(compiled: jax.stages.Compiled, arguments: Sequence[Any]) -> str:
     """What a call takes beside its arguments and results, as a share of these: by the allocator, else the compiler."""
     analysis = compiled.memory_analysis()
@@ -218,7 +233,7 @@ def _memory(compiled: jax.stages.Compiled, arguments: Sequence[Any]) -> str:
         return ""
     given, returned = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     extra, how = analysis.temp_size_in_bytes, "planned"
-    (device,) = arguments[0].devices()
+    (device,) = jax.tree.leaves(arguments)[0].devices()
     if before := device.memory_stats():
         jax.block_until_ready(compiled(*arguments))
         after = device.memory_stats()

@@ -26,16 +26,16 @@ from pallas_kernels.lightning.mosaic_gpu_scan import scan
 from pallas_kernels.lightning.mosaic_gpu_segments import Description
 from pallas_kernels.lightning.mosaic_gpu_states import enter, gather
 
-HALF = Tuning(tile=64, stages=4, outputs=2, registers=(168, 160, 24), terms=2)
-WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(248, 224, 32), terms=2)
+HALF = Tuning(tile=64, stages=4, outputs=2, registers=(136, 176, 24), terms=2)
+WHOLE = Tuning(tile=128, stages=2, outputs=1, registers=(216, 248, 40), terms=2)
 # One term is exact enough for gradients (2e-3), not for a returned state (1.6e-3).
 HALF_ONE, WHOLE_ONE = (dataclasses.replace(tuning, terms=1) for tuning in (HALF, WHOLE))
 
 # On an H100: microseconds of a step of a CTA where memory does not limit it, of a launch; bytes that a microsecond
 # moves, by columns a CTA (two of 64 columns read a and b twice, once of it from the cache).
-STEP = {HALF: 1.25, HALF_ONE: 1.0, WHOLE: 1.95, WHOLE_ONE: 1.7}
+STEP = {HALF: 1.08, HALF_ONE: 0.87, WHOLE: 1.8, WHOLE_ONE: 1.44}
 LAUNCH = 2.5
-BANDWIDTH = {64: 2.8e6, 128: 2.95e6}
+BANDWIDTH = {64: 2.9e6, 128: 2.95e6}
 # A step of a CTA that gathers states, with so many products of the matrix units for each warpgroup.
 GATHER_STEP = {1: 0.7, 2: 1.05, 4: 2.0}
 MOST_PIECES = 16
@@ -103,7 +103,7 @@ def forward_saving(
     o, state = results[FORWARD]
     backwards = _plans(BACKWARDS, _gradient_tunings(initial_state), rows, chunks, known=plan.pieces)
     useful = any(other.jobs == (DQ,) and 1 < other.pieces == plan.pieces for other in backwards)
-    return o, _transposed(state), _transposed(entering) if useful and entering is not None else None
+    return o, _transposed(state), entering if useful else None
 
 
 def _gradient_tunings(initial_state: State | None) -> list[Tuning]:
@@ -178,8 +178,6 @@ def _cost(plan: Plan, rows: int, chunks: int, known: int = 0) -> float:
     ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
     if len(plan.jobs) > 2 and (plan.pieces > 1 or ctas > hopper.MULTIPROCESSORS):
         return float("inf")  # cut they need states of both ways; too many drift apart and read operands again
-    if len(plan.jobs) == 2 and plan.tuning.tile < HEAD_DIM:
-        return float("inf")  # four CTAs read what two could: at R 0.402 ms instead of 0.282
     busy = -(-ctas // hopper.MULTIPROCESSORS) * steps * STEP[plan.tuning]
     # Jobs that walk the other way are elsewhere in the sequence: they find little of what the others read in the cache.
     read = {(x, job.descending) for job in plan.jobs for x in (job.a, job.b, job.c)}
@@ -190,8 +188,7 @@ def _cost(plan: Plan, rows: int, chunks: int, known: int = 0) -> float:
         return time
     states = rows * HEAD_DIM**2 * 4 / BANDWIDTH[HEAD_DIM]
     if plan.jobs == (DQ,) and plan.pieces == known:
-        # Transposed by the forward, read here.
-        return time + LAUNCH + 3 * plan.pieces * states
+        return time + plan.pieces * states
     launch = _gather_plan(plan, rows, chunks)
     # Those of the parts are written and read, then those that enter the pieces.
     count = 2 * launch.orientations * ((plan.pieces - 1) * launch.split + plan.pieces)
@@ -253,7 +250,7 @@ def _run(
     """Runs jobs over whole sequences.
 
     Returns each job's output and the state it ends with, (c dim, b dim), and the states that enter the pieces of the
-    last plan. `saved` are those of dq.
+    last plan. `saved` are those of the forward, for dq the transposed ones.
     """
     batch, length, heads, dim = operands[0].shape
     operands = _padded(operands)
@@ -261,6 +258,7 @@ def _run(
     results = {}
     entering = None
     for plan in plans:
+        reused = plan.jobs == (DQ,) and saved is not None and saved.shape[3] == plan.pieces > 1
         launch = _gather_plan(plan, rows, chunks)
         start = None
         if any(job in initial for job in plan.jobs):
@@ -268,12 +266,14 @@ def _run(
             start = jnp.stack([initial.get(job, zeros) for job in plan.jobs])
         if plan.pieces == 1:
             entering = None if start is None else start[:, :, :, None]
-        elif plan.jobs == (DQ,) and saved is not None and saved.shape[3] == plan.pieces:
+        elif reused:
             entering = saved
         else:
             states = gather(launch, operands, slopes, length=length, description=description)
             entering = enter(launch, plan.jobs, states, slopes, length=length, description=description, initial=start)
-        outs, ends = scan(plan, operands, slopes, length=length, description=description, entering=entering)
+        outs, ends = scan(
+            plan, operands, slopes, length=length, description=description, entering=entering, transposed=reused
+        )
         for job, out, end in zip(plan.jobs, outs, ends, strict=True):
             results[job] = (out[:, :length], end)
     return results, entering

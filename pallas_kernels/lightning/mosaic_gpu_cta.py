@@ -17,6 +17,7 @@ from pallas_kernels.lightning.mosaic_gpu_segments import AGES, Fact
 
 LOG2E = math.log2(math.e)
 TILE = plgpu.Layout.WGMMA
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 ROWS = TILE.reduce(1)
 COLUMNS = TILE.reduce(0)
 Role = tuple[Callable[[], None], int, Any]
@@ -79,6 +80,9 @@ def launch(
 
 class Cta(ABC):
     """The part that the roles of a CTA have in common."""
+
+    WEIGHING = ROWS
+    """How the weights of c's tokens lie: by the rows of a tile of c, or by the columns of a transposed one."""
 
     def __init__(
         self,
@@ -166,9 +170,8 @@ class Cta(ABC):
         def spread(x: jax.Array, axis: int) -> jax.Array:
             return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), TILE)
 
-        queries = spread(self.entries(self.smem["description"].at[slot], ROWS), 0)
-        # From device memory: layout inference does not end when one buffer is read by rows and by columns.
-        keys = spread(self.entries(self.given["description"].at[self.row, self.chunk_at(step)], COLUMNS), 1)
+        queries = spread(self.entries_of(step, slot, ROWS), 0)
+        keys = spread(self.entries_of(step, slot, COLUMNS), 1)
         # Tokens of different places are further apart than any two of one place, also where one is padding.
         age = plgpu.layout_cast((queries - keys) * self.sign, TILE)
         seen = (age >= 0) & (age < AGES // 2) & (queries >= AGES)
@@ -182,37 +185,41 @@ class Cta(ABC):
             return self.leaving(self.tokens(step))
         if not self.packed:
             return whole
-        return lax.cond(self.plain(slot), lambda: whole, lambda: self.leaving_packed(slot))
+        return lax.cond(self.plain(slot), lambda: whole, lambda: self.leaving_packed(step, slot))
 
     def entering(self, tokens: jax.Array | int) -> jax.Array:
         """Weight [C] with which each row of out sees the state entering a chunk of so many tokens of one segment."""
-        return self.weights(self.sign, tokens)
+        return self.weights(self.sign, tokens, ROWS)
 
     def leaving(self, tokens: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Weight [C] of each row of c in the state leaving such a chunk, and that of the entering state (a scalar)."""
-        return self.weights(-self.sign, tokens), self.power(jnp.int32(tokens))
+        return self.weights(-self.sign, tokens, self.WEIGHING), self.power(jnp.int32(tokens))
 
-    def weights(self, sign: jax.Array, tokens: jax.Array | int) -> jax.Array:
+    def weights(self, sign: jax.Array, tokens: jax.Array | int, layout: Any) -> jax.Array:
         """lambda to each row's distance from before the chunk (sign 1) or from its end (-1)."""
-        i = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=ROWS)
+        i = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=layout)
         return self.power(jnp.maximum(i * sign + jnp.where(sign > 0, 1, tokens - 1), 0))
 
-    def entering_packed(self, slot: jax.Array) -> jax.Array:
-        """The same as `entering` for the packed chunk in a slot."""
-        return self.weights_packed(slot, self.sign, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING)
+    def entering_packed(self, step: jax.Array, slot: jax.Array) -> jax.Array:
+        """The same as `entering` for the packed chunk of a step, in a slot."""
+        return self.weights_packed(step, slot, self.sign, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING, ROWS)
 
-    def leaving_packed(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same as `leaving` for the packed chunk in a slot."""
-        weights = self.weights_packed(slot, -self.sign, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING)
+    def leaving_packed(self, step: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same as `leaving` for the packed chunk of a step, in a slot."""
+        weights = self.weights_packed(
+            step, slot, -self.sign, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING, self.WEIGHING
+        )
         enter = self.by_direction(slot, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING)
         leave = self.by_direction(slot, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING)
         return weights, self.power(self.age(slot)) * (enter == leave).astype(jnp.float32)
 
-    def weights_packed(self, slot: jax.Array, sign: jax.Array, ascending: Fact, descending: Fact) -> jax.Array:
+    def weights_packed(
+        self, step: jax.Array, slot: jax.Array, sign: jax.Array, ascending: Fact, descending: Fact, layout: Any
+    ) -> jax.Array:
         """lambda to each row's distance from before the chunk (sign 1) or from its end (-1), where the segment fits."""
-        entries = self.entries(self.smem["description"].at[slot], ROWS)
-        places = plgpu.layout_cast(lax.div(entries, AGES), ROWS)
-        ages = plgpu.layout_cast(entries - places * AGES, ROWS)
+        entries = self.entries_of(step, slot, layout)
+        places = plgpu.layout_cast(lax.div(entries, AGES), layout)
+        ages = plgpu.layout_cast(entries - places * AGES, layout)
         end = jnp.where(sign > 0, 0, self.age(slot))
         fits = places == self.by_direction(slot, ascending, descending) - self.fact(slot, Fact.ENTER_ASCENDING) + 1
         return jnp.where(fits, self.power(jnp.maximum((ages - end) * sign, 0)), 0.0)
@@ -222,8 +229,12 @@ class Cta(ABC):
         c = self.chunk
         return jnp.minimum(self.shape.length - self.chunk_at(step) * c, c)
 
-    def entries(self, description: Any, layout: Any) -> jax.Array:
-        """What a packed chunk's description says of its tokens, [C]."""
+    def entries_of(self, step: jax.Array, slot: jax.Array, layout: Any) -> jax.Array:
+        """What the description of the packed chunk of a step, in a slot, says of its tokens, [C]."""
+        if layout == ROWS:
+            description = self.smem["description"].at[slot]
+        else:  # from device memory: layout inference does not end when one buffer is read by rows and by columns
+            description = self.given["description"].at[self.row, self.chunk_at(step)]
         return plgpu.load(description.at[pl.ds(0, self.chunk)], layout=layout, optimized=False)
 
     def plain(self, slot: jax.Array) -> jax.Array:

@@ -30,6 +30,8 @@ class Tuning:
         outputs: output warpgroups, 1 or 2.
         registers: per thread of (state, output, loader) warpgroups, multiples of 8.
         terms: bf16 terms that carry the decayed c into the state: 1, or 2 to keep what rounding the first one lost.
+        staged: left operands of products pass through shared memory instead of staying in registers: for the
+            interpreter, which multiplies only from there.
         chunk: tokens per step, the 64 rows of one wgmma.
     """
 
@@ -38,6 +40,7 @@ class Tuning:
     outputs: int = 1
     registers: tuple[int, int, int] = (216, 240, 40)
     terms: int = 2
+    staged: bool = False
     chunk: int = 64
 
     def __post_init__(self) -> None:

@@ -9,8 +9,10 @@ of c and for one piece of the sequence, and runs as warpgroups:
   the chunk: S^T = lambda^C S^T + (decayed c)^T b;
 - the output warpgroups take turns at the chunks: P = (a b^T) * M, out = rows * (a S) + P c.
 
-The decay tile M is built once per CTA in registers; no exponent is ever positive. All left operands of wgmma come from
-shared memory, so the interpreter runs this very kernel.
+The decay tile M is built once per CTA in registers; no exponent is ever positive. What a step moves through shared
+memory and what the state warpgroup does in turn limit it: left operands of products (a, P, decayed c transposed) stay
+in registers, and the state grows in the accumulators of the matrix units. The interpreter multiplies only from shared
+memory: for it a `staged` twin of the kernel lays these operands there, and is otherwise the same.
 """
 
 import functools
@@ -24,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import tiles
-from pallas_kernels.lightning.mosaic_gpu_cta import TILE, Cta, Role, launch
+from pallas_kernels.lightning.mosaic_gpu_cta import COLUMNS, TILE, TRANSPOSED, Cta, Role, launch
 from pallas_kernels.lightning.mosaic_gpu_plan import HEAD_DIM, Job, Plan, Shape
 from pallas_kernels.lightning.mosaic_gpu_segments import FACTS
 
@@ -37,6 +39,7 @@ def scan(
     length: int,
     description: jax.Array | None = None,
     entering: jax.Array | None = None,
+    transposed: bool = False,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Runs the jobs of a plan in one launch.
 
@@ -48,6 +51,7 @@ def scan(
         description: what `mosaic_gpu_segments.describe` says of packed rows; None when all tokens are of one segment.
         entering: [J, B, N, P, 128, 128] fp32 state entering each piece of each job's scan, indexed (c dim, b dim); None
             for zeros.
+        transposed: the entering states are indexed (b dim, c dim).
 
     Returns:
         One [B, T, N, 128] array per job, and the fp32 states [J, B, N, 128, 128] after each job's scan.
@@ -71,7 +75,7 @@ def scan(
         shape,
         operands,
         slopes,
-        {"description": description, "entering": entering},
+        {"description": description, "entering_transposed" if transposed else "entering": entering},
         [*outputs, states],
         scratch=_scratch(plan, operands[0].dtype, packed=description is not None),
         warpgroups=plan.warpgroups,
@@ -87,17 +91,17 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
         "a": tiles(dtype, stages, c, HEAD_DIM),
         "b": tiles(dtype, stages, c, HEAD_DIM),
         "c": tiles(dtype, stages, c, tile),
-        "decayed": tiles(dtype, tuning.terms, c, tile),
         "state": tiles(dtype, 2, tile, HEAD_DIM),
-        "scores": tiles(dtype, tuning.outputs, c, c),
+        "out": tiles(dtype, tuning.outputs, c, tile),
         "full": plgpu.Barrier(num_arrivals=3 + packed, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "state_ready": plgpu.Barrier(num_barriers=2),
         "state_free": plgpu.Barrier(num_barriers=2),
         "done": plgpu.Barrier(num_arrivals=plan.warpgroups),
     }
-    if tile != c:  # of one size, the scores' buffer serves the output too
-        scratch["out"] = tiles(dtype, tuning.outputs, c, tile)
+    if tuning.staged:
+        scratch["decayed"] = tiles(dtype, tuning.terms, 64, c)
+        scratch["scores"] = tiles(dtype, tuning.outputs, c, c)
     if packed:
         scratch["description"] = plgpu.SMEM((stages, c + FACTS), jnp.int32)
     return scratch
@@ -105,6 +109,8 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
 
 class _Scan(Cta):
     """The body of one CTA: a method for each role."""
+
+    WEIGHING = COLUMNS
 
     def __init__(self, plan: Plan, *arguments: Any, **keywords: Any) -> None:
         super().__init__(plan, *arguments, **keywords)
@@ -121,20 +127,25 @@ class _Scan(Cta):
 
     # States in device memory
 
-    def place(self, part: int, *piece: jax.Array) -> tuple[Any, ...]:
-        """Where a part of this CTA's state lies, in its head's states."""
-        return (self.row, self.head, *piece, pl.ds(self.tile * self.tuning.tile + 64 * part, 64))
-
     def store_state(self, state: tuple[jax.Array, ...]) -> None:
         for part in self.parts:
-            self.states.at[(self.job, *self.place(part))][...] = state[part]
+            columns = pl.ds(self.tile * self.tuning.tile + 64 * part, 64)
+            self.states.at[self.job, self.row, self.head, columns][...] = state[part]
 
     def entering_state(self) -> tuple[jax.Array, ...]:
         """The state entering this CTA's piece."""
-        if "entering" not in self.given:
-            return tuple(plgpu.layout_cast(jnp.zeros((64, HEAD_DIM), jnp.float32), TILE) for _ in self.parts)
-        places = [self.given["entering"].at[(self.job, *self.place(part, self.piece))] for part in self.parts]
-        return tuple(plgpu.load(place, layout=TILE, optimized=False) for place in places)
+        return tuple(self.entering_part(part) for part in self.parts)
+
+    def entering_part(self, part: int) -> jax.Array:
+        """A part of the state entering this CTA's piece, [64 columns of c, H]."""
+        place = (self.job, self.row, self.head, self.piece)
+        columns = pl.ds(self.tile * self.tuning.tile + 64 * part, 64)
+        if "entering" in self.given:
+            return plgpu.load(self.given["entering"].at[(*place, columns)], layout=TILE, optimized=False)
+        if "entering_transposed" in self.given:
+            states = self.given["entering_transposed"].at[(*place, slice(None), columns)]
+            return plgpu.layout_cast(plgpu.load(states.T, layout=TRANSPOSED, optimized=False), TILE)
+        return plgpu.layout_cast(jnp.zeros((64, HEAD_DIM), jnp.float32), TILE)
 
     # Roles
 
@@ -181,10 +192,9 @@ class _Scan(Cta):
             weights, kept = self.factors(step, slot, whole)
             advanced = []
             for part in self.parts:
-                added = self.chunk_part(slot, part, weights)
+                advanced.append(self.add_chunk(state[part] * kept, slot, part, weights))
                 if part == self.parts[-1]:
                     plgpu.barrier_arrive(smem["empty"].at[slot])
-                advanced.append(state[part] * kept + added)
                 # Between the parts: it keeps this sum before the next product, whose registers it would take.
                 following = functools.partial(self.publish, step + 1, part, advanced[part])
                 pl.when(step + 1 < self.steps)(following)
@@ -198,24 +208,40 @@ class _Scan(Cta):
         last = jnp.where(self.sign > 0, self.plan.pieces - 1, 0)
         pl.when(self.piece == last)(lambda: self.store_state(end))
 
-    def chunk_part(self, slot: jax.Array, part: int, weights: jax.Array) -> jax.Array:
-        """What the chunk in a slot adds to a part of the state."""
-        decayed, columns = self.smem["decayed"], pl.ds(64 * part, 64)
-        rest = plgpu.load(self.smem["c"].at[slot, :, columns], layout=TILE, optimized=False).astype(jnp.float32)
-        rest *= lax.broadcast_in_dim(weights, rest.shape, [0])
+    def add_chunk(self, kept: jax.Array, slot: jax.Array, part: int, weights: jax.Array) -> jax.Array:
+        """Adds the chunk in a slot to what is kept of a part of the state."""
+        c = self.smem["c"].at[slot, :, pl.ds(64 * part, 64)]
+        rest = plgpu.load(c.T, layout=TILE, optimized=False).astype(jnp.float32)
+        rest *= lax.broadcast_in_dim(weights, rest.shape, [1])
+        lefts = []
         for term in range(self.tuning.terms):
-            rounded = rest.astype(decayed.dtype)
-            decayed.at[term, :, columns][...] = rounded
+            # The barrier keeps pairs together: number by number, the conversion takes a quarter of a microsecond.
+            rounded = lax.optimization_barrier(rest.astype(c.dtype))
+            lefts.append(self.left(rounded, "decayed", term))
             rest -= rounded.astype(jnp.float32)
-        plgpu.commit_smem()
 
-        def update(acc: Any) -> jax.Array:
-            for term in range(self.tuning.terms):
-                plgpu.wgmma(acc, decayed.at[term, :, columns].T, self.smem["b"].at[slot])
+        def update(acc: Any) -> None:
+            for left in lefts:
+                plgpu.wgmma(acc, left, self.smem["b"].at[slot])
+            plgpu.wgmma_wait(0)
+
+        def added(acc: Any) -> jax.Array:
+            update(acc)
             return acc[...]
 
-        # Reading an accumulator waits for it without a data dependence; the barrier keeps arithmetic behind it.
-        return lax.optimization_barrier(pl.run_scoped(update, plgpu.ACC((64, HEAD_DIM), jnp.float32)))
+        if self.tuning.staged:  # the interpreter starts accumulators from zero only
+            return kept + pl.run_scoped(added, plgpu.ACC(kept.shape, kept.dtype))
+        # Waiting makes no data dependence; the barrier keeps arithmetic behind it.
+        return lax.optimization_barrier(pl.run_state(update)(plgpu.ACC.init(kept)))
+
+    def left(self, operand: jax.Array, place: str, index: int) -> Any:
+        """The left operand of a product, where it is multiplied from."""
+        if not self.tuning.staged:
+            return operand
+        ref = self.smem[place].at[index]
+        ref[...] = operand
+        plgpu.commit_smem()
+        return ref
 
     def publish(self, step: jax.Array, part: int, state: jax.Array) -> None:
         """Shows the output warpgroups a part of the state that enters the chunk of a step."""
@@ -236,29 +262,29 @@ class _Scan(Cta):
         c, turns, smem = self.tuning.chunk, self.tuning.outputs, self.smem
         decay = self.decay_tile()
         whole = None if self.ragged else self.entering(c)
-        out_smem = smem["out" if "out" in smem else "scores"].at[turn]
+        out_smem = smem["out"].at[turn]
         scores_acc = plgpu.ACC((c, c), jnp.float32)
         wide_acc = plgpu.ACC((c, self.tuning.tile), jnp.float32)
 
         def plain(step: jax.Array, slot: jax.Array, scores: Any, carried: Any, local: Any) -> Any:
-            plgpu.wgmma(scores, smem["a"].at[slot], smem["b"].at[slot].T)
-            self.carry(step, slot, carried)
+            a = self.left_a(slot)
+            plgpu.wgmma(scores, a, smem["b"].at[slot].T)
+            self.carry(step, a, carried)
             found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
-            self.store_scores(turn, found * decay)
+            left = self.left((found * decay).astype(out_smem.dtype), "scores", turn)
             weights = self.entering(self.tokens(step)) if whole is None else whole
-            return self.sums(turn, step, slot, carried, local, weights)
+            return self.sums(step, slot, left, carried, local, weights)
 
         def scores_of(slot: jax.Array, scores: Any) -> jax.Array:
-            plgpu.wgmma(scores, smem["a"].at[slot], smem["b"].at[slot].T)
+            plgpu.wgmma(scores, self.left_a(slot), smem["b"].at[slot].T)
             return scores[...]
 
-        def packed(step: jax.Array, slot: jax.Array, carried: Any, local: Any) -> Any:
-            self.carry(step, slot, carried)
-            return self.sums(turn, step, slot, carried, local, self.entering_packed(slot))
+        def packed(step: jax.Array, slot: jax.Array, left: Any, carried: Any, local: Any) -> Any:
+            self.carry(step, self.left_a(slot), carried)
+            return self.sums(step, slot, left, carried, local, self.entering_packed(step, slot))
 
         def store_out(far: jax.Array, near: jax.Array) -> None:
-            if "out" not in smem:  # the last product may still be reading the scores for another warp
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[...] = (far + near).astype(out_smem.dtype)
 
         def write_plain(step: jax.Array, slot: jax.Array) -> None:
@@ -267,8 +293,9 @@ class _Scan(Cta):
         def write_packed(step: jax.Array, slot: jax.Array) -> None:
             # Nothing is in flight while the weights are made: they take the registers of the accumulators.
             scores = lax.optimization_barrier(pl.run_scoped(functools.partial(scores_of, slot), scores_acc))
-            self.store_scores(turn, scores * self.decay_tile_of(step, slot))
-            store_out(*pl.run_scoped(functools.partial(packed, step, slot), wide_acc, wide_acc))
+            scores = (scores * self.decay_tile_of(step, slot)).astype(out_smem.dtype)
+            left = self.left(scores, "scores", turn)
+            store_out(*pl.run_scoped(functools.partial(packed, step, slot, left), wide_acc, wide_acc))
 
         @pl.loop(0, lax.div(self.steps + (turns - 1 - turn), turns))
         def _(visit: jax.Array) -> None:
@@ -287,24 +314,22 @@ class _Scan(Cta):
 
         plgpu.wait_smem_to_gmem(0)
 
-    def carry(self, step: jax.Array, slot: jax.Array, carried: Any) -> None:
+    def left_a(self, slot: jax.Array) -> Any:
+        """The chunk of a in a slot, the left operand of two products; packed, the registers do not suffice for it."""
+        a = self.smem["a"].at[slot]
+        return a if self.tuning.staged or self.packed else plgpu.load(a, layout=TILE, optimized=False)
+
+    def carry(self, step: jax.Array, a: Any, carried: Any) -> None:
         """Starts the product with the state entering the chunk."""
         buffer = lax.rem(step, 2)
         plgpu.barrier_wait(self.smem["state_ready"].at[buffer])
-        plgpu.wgmma(carried, self.smem["a"].at[slot], self.smem["state"].at[buffer].T)
-
-    def store_scores(self, turn: int, scores: jax.Array) -> None:
-        """Puts the weighted scores where the product with c reads them, once the buffer's last copy has left."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        ref = self.smem["scores"].at[turn]
-        ref[...] = scores.astype(ref.dtype)
-        plgpu.commit_smem()
+        plgpu.wgmma(carried, a, self.smem["state"].at[buffer].T)
 
     def sums(
-        self, turn: int, step: jax.Array, slot: jax.Array, carried: Any, local: Any, weights: jax.Array
+        self, step: jax.Array, slot: jax.Array, left: Any, carried: Any, local: Any, weights: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What the state entering the chunk and the chunk itself give to its output."""
-        plgpu.wgmma(local, self.smem["scores"].at[turn], self.smem["c"].at[slot])
+        """What the state entering the chunk and the chunk itself, by its weighted scores, give to its output."""
+        plgpu.wgmma(local, left, self.smem["c"].at[slot])
         far = lax.optimization_barrier(plgpu.wgmma_accumulator_load(carried, wait_n=1))
         plgpu.barrier_arrive(self.smem["state_free"].at[lax.rem(step, 2)])
         far *= lax.broadcast_in_dim(weights, far.shape, [0])

@@ -246,7 +246,8 @@ class _Gather(Cta):
             weighted = smem["weighted"].at[half, lax.rem(step, BUFFERS)]
             for i, rest in enumerate(rests):
                 for term in range(plan.terms):
-                    rounded = rest.astype(weighted.dtype)
+                    # Kept in pairs, as in the scan.
+                    rounded = lax.optimization_barrier(rest.astype(weighted.dtype))
                     weighted.at[i, term][...] = rounded
                     rest -= rounded.astype(jnp.float32)
             plgpu.commit_smem()

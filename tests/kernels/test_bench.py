@@ -41,6 +41,7 @@ def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> N
     """Forward and backward rows carry times and errors; a peer that is missing or fails leaves a row that says so."""
     monkeypatch.setattr(lightning, "CASES", (lightning.Case("small", 1, 100, 2, segments=3, checked=True),))
     monkeypatch.setattr(common, "CACHE_BYTES", 0)
+    monkeypatch.setattr(lightning, "SHORT", 0)
     monkeypatch.setattr(timing.milliseconds, "__defaults__", None)
     monkeypatch.setattr(timing.milliseconds, "__kwdefaults__", {"repeats": 1})
     # "json" stands for a peer that is installed, and fails.
@@ -62,9 +63,13 @@ def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows[4].note == "failed: RuntimeError: out of registers"
     assert list(lightning.run([], ["no such case"])) == []
     monkeypatch.setattr(lightning, "AHEAD", 1)
-    tiny = tuple(lightning.Case(f"tiny {i}", 1, 16, 1, backward=False) for i in range(4))
+    monkeypatch.setattr(lightning, "SHORT", 16 * 128)
+    monkeypatch.setattr(lightning, "TOGETHER", 3)
+    tiny = tuple(lightning.Case(f"tiny {i}", 1, 16, 1 + i % 2, backward=False) for i in range(4))
     monkeypatch.setattr(lightning, "CASES", tiny)
-    assert [row.case for row in lightning.run([], []) if row.ms] == [f"tiny {i} fwd" for i in range(4)]
+    rows = list(lightning.run([], []))
+    assert [row.case for row in rows if row.ms] == [f"tiny {i} fwd" for i in range(4)]
+    assert ["3 calls a program" in row.note for row in rows] == [True, False, True, False]
 
 
 @pytest.fixture

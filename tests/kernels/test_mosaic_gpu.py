@@ -1,7 +1,8 @@
 """The Hopper kernels without a GPU: interpreted with race detection against the recurrence, and lowered for CUDA.
 
-The interpreter runs the same kernel as the hardware: all left operands of its matrix products lie in shared memory.
-On a GPU the parametrised tests of `test_lightning.py` run the compiled kernels.
+The interpreter multiplies only from shared memory: it runs the `staged` twins of the plans that the tests name, which
+lay the left operands of products there and are the same kernels otherwise. On a GPU the parametrised tests of
+`test_lightning.py` run the compiled kernels.
 """
 
 import dataclasses
@@ -41,11 +42,14 @@ def interpreted(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
-    """Sets the plans of the backward and of the forward, in place of those that would be fastest."""
+    """Sets the plans of the backward and of the forward, in place of those that would be fastest, to staged twins."""
+
+    def staged(plan: Plan) -> Plan:
+        return dataclasses.replace(plan, tuning=dataclasses.replace(plan.tuning, staged=True))
 
     def set_plans(*backward: Plan, forward: tuple[int, Tuning] = (1, HALF)) -> None:
         def plans(groupings: list, *_: object, **__: object) -> list[Plan]:
-            return [Plan((FORWARD,), *forward)] if groupings == [[(FORWARD,)]] else list(backward)
+            return list(map(staged, [Plan((FORWARD,), *forward)] if groupings == [[(FORWARD,)]] else backward))
 
         monkeypatch.setattr(mosaic_gpu, "_plans", plans)
 
