@@ -230,7 +230,7 @@ class _Scan(Cta):
             return acc[...]
 
         if self.tuning.staged:  # the interpreter starts accumulators from zero only
-            return kept + pl.run_scoped(added, plgpu.ACC(kept.shape, kept.dtype))
+            return kept + pl.run_scoped(added, plgpu.ACC((64, HEAD_DIM), jnp.float32))
         # Waiting makes no data dependence; the barrier keeps arithmetic behind it.
         return lax.optimization_barrier(pl.run_state(update)(plgpu.ACC.init(kept)))
 
