@@ -140,7 +140,8 @@ def _timed(
     if compiling is None:
         return common.peer(row, name, functools.partial(peers.fla, tokens, *shared, backward=what != "fwd"))
     sets = [(*arrays, *shared) for arrays in tokens]
-    inputs = [[sets[(first + i) % len(sets)] for i in range(case.together)] for first in range(len(sets))]
+    starts = range(0, case.together * len(sets), case.together)
+    inputs = [[sets[(start + i) % len(sets)] for i in range(case.together)] for start in starts]
     if name != "ours":
         return common.peer(row, name, lambda: milliseconds(compiling.result(), inputs) / case.together)
     compiled = compiling.result()
@@ -222,8 +223,14 @@ def _call(
 
 
 def _calls(name: str, what: str, *sets: Sequence[Any]) -> list[Any]:
-    """What calls on several sets of arguments return."""
-    return [_call(name, what, *arguments) for arguments in sets]
+    """What calls on several sets of arguments return, each after the other."""
+    call = jax.jit(functools.partial(_call, name, what))
+    results: list[Any] = []
+    for arguments in sets:
+        if results:
+            arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
+        results.append(call(*arguments))
+    return results
 
 
 def _memory(compiled: jax.stages.Compiled, arguments: Sequence[Any]) -> str:

@@ -178,6 +178,8 @@ def _cost(plan: Plan, rows: int, chunks: int, known: int = 0) -> float:
     ctas = rows * len(plan.jobs) * (HEAD_DIM // plan.tuning.tile) * plan.pieces
     if len(plan.jobs) > 2 and (plan.pieces > 1 or ctas > hopper.MULTIPROCESSORS):
         return float("inf")  # cut they need states of both ways; too many drift apart and read operands again
+    if len(plan.jobs) == 2 and plan.tuning.tile < HEAD_DIM and ctas > hopper.MULTIPROCESSORS:
+        return float("inf")  # four CTAs read what two could, and drift apart: at R 0.402 ms instead of 0.282
     busy = -(-ctas // hopper.MULTIPROCESSORS) * steps * STEP[plan.tuning]
     # Jobs that walk the other way are elsewhere in the sequence: they find little of what the others read in the cache.
     read = {(x, job.descending) for job in plan.jobs for x in (job.a, job.b, job.c)}
@@ -250,7 +252,7 @@ def _run(
     """Runs jobs over whole sequences.
 
     Returns each job's output and the state it ends with, (c dim, b dim), and the states that enter the pieces of the
-    last plan. `saved` are those of the forward, for dq the transposed ones.
+    last plan. `saved` are those that entered the forward's pieces; transposed they enter dq's.
     """
     batch, length, heads, dim = operands[0].shape
     operands = _padded(operands)
@@ -259,7 +261,6 @@ def _run(
     entering = None
     for plan in plans:
         reused = plan.jobs == (DQ,) and saved is not None and saved.shape[3] == plan.pieces > 1
-        launch = _gather_plan(plan, rows, chunks)
         start = None
         if any(job in initial for job in plan.jobs):
             zeros = jnp.zeros((batch, heads, dim, dim), jnp.float32)
@@ -269,6 +270,7 @@ def _run(
         elif reused:
             entering = saved
         else:
+            launch = _gather_plan(plan, rows, chunks)
             states = gather(launch, operands, slopes, length=length, description=description)
             entering = enter(launch, plan.jobs, states, slopes, length=length, description=description, initial=start)
         outs, ends = scan(

@@ -192,11 +192,11 @@ class Cta(ABC):
         return self.weights(self.sign, tokens, ROWS)
 
     def leaving(self, tokens: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Weight [C] of each row of c in the state leaving such a chunk, and that of the entering state (a scalar)."""
+        """Weight [C] of each token in the state leaving such a chunk, and that of the entering state (a scalar)."""
         return self.weights(-self.sign, tokens, self.WEIGHING), self.power(jnp.int32(tokens))
 
     def weights(self, sign: jax.Array, tokens: jax.Array | int, layout: Any) -> jax.Array:
-        """lambda to each row's distance from before the chunk (sign 1) or from its end (-1)."""
+        """lambda to each token's distance from before the chunk (sign 1) or from its end (-1)."""
         i = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=layout)
         return self.power(jnp.maximum(i * sign + jnp.where(sign > 0, 1, tokens - 1), 0))
 
@@ -216,7 +216,7 @@ class Cta(ABC):
     def weights_packed(
         self, step: jax.Array, slot: jax.Array, sign: jax.Array, ascending: Fact, descending: Fact, layout: Any
     ) -> jax.Array:
-        """lambda to each row's distance from before the chunk (sign 1) or from its end (-1), where the segment fits."""
+        """lambda to each token's distance from before the chunk (sign 1) or its end (-1), where the segment fits."""
         entries = self.entries_of(step, slot, layout)
         places = plgpu.layout_cast(lax.div(entries, AGES), layout)
         ages = plgpu.layout_cast(entries - places * AGES, layout)

@@ -30,8 +30,8 @@ class Tuning:
         outputs: output warpgroups, 1 or 2.
         registers: per thread of (state, output, loader) warpgroups, multiples of 8.
         terms: bf16 terms that carry the decayed c into the state: 1, or 2 to keep what rounding the first one lost.
-        staged: left operands of products pass through shared memory instead of staying in registers: for the
-            interpreter, which multiplies only from there.
+        staged: left operands of products pass through shared memory and sums of chunks are added to the state in fp32:
+            for the interpreter, which multiplies only from there and starts accumulators from zero.
         chunk: tokens per step, the 64 rows of one wgmma.
     """
 

@@ -9,10 +9,12 @@ of c and for one piece of the sequence, and runs as warpgroups:
   the chunk: S^T = lambda^C S^T + (decayed c)^T b;
 - the output warpgroups take turns at the chunks: P = (a b^T) * M, out = rows * (a S) + P c.
 
-The decay tile M is built once per CTA in registers; no exponent is ever positive. What a step moves through shared
-memory and what the state warpgroup does in turn limit it: left operands of products (a, P, decayed c transposed) stay
-in registers, and the state grows in the accumulators of the matrix units. The interpreter multiplies only from shared
-memory: for it a `staged` twin of the kernel lays these operands there, and is otherwise the same.
+The decay tile M is built once per CTA in registers; no exponent is ever positive. Bytes through shared memory and the
+state warpgroup's chain of operations are what a step takes: left operands of products (P, decayed c transposed, of
+unpacked rows also a) stay in registers, and the state grows in the accumulators of the matrix units. The interpreter
+multiplies only from shared memory and starts accumulators from zero: for it a `staged` twin of the kernel lays these
+operands there and adds the chunk's sum to the state in fp32; it is otherwise the same. For 64 columns in two terms it
+does not fit into a multiprocessor.
 """
 
 import functools
@@ -51,7 +53,7 @@ def scan(
         description: what `mosaic_gpu_segments.describe` says of packed rows; None when all tokens are of one segment.
         entering: [J, B, N, P, 128, 128] fp32 state entering each piece of each job's scan, indexed (c dim, b dim); None
             for zeros.
-        transposed: the entering states are indexed (b dim, c dim).
+        transposed: the entering states are indexed (b dim, c dim) instead.
 
     Returns:
         One [B, T, N, 128] array per job, and the fp32 states [J, B, N, 128, 128] after each job's scan.

@@ -70,6 +70,8 @@ def test_a_case_yields_ours_and_every_peer(monkeypatch: pytest.MonkeyPatch) -> N
     rows = list(lightning.run([], []))
     assert [row.case for row in rows if row.ms] == [f"tiny {i} fwd" for i in range(4)]
     assert ["3 calls a program" in row.note for row in rows] == [True, False, True, False]
+    monkeypatch.setattr(lightning, "milliseconds", lambda *_: 6.0)
+    assert [row.ms for row in lightning.run([], [])] == [2, 6, 2, 6]
 
 
 @pytest.fixture
