@@ -3,7 +3,7 @@
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,8 +81,8 @@ def launch(
 class Cta(ABC):
     """The part that the roles of a CTA have in common."""
 
-    WEIGHING = ROWS
-    """How the weights of c's tokens lie: by the rows of a tile of c, or by the columns of a transposed one."""
+    WEIGHTS_LAYOUT = ROWS
+    """Of the weights of tokens in the state that leaves: those of a tile's rows, or of a transposed one's columns."""
 
     def __init__(
         self,
@@ -149,6 +149,15 @@ class Cta(ABC):
         """Index of the chunk handled in a step of this scan."""
         return self.first + jnp.where(self.sign > 0, step, self.steps - 1 - step)
 
+    @staticmethod
+    def terms(x: jax.Array, count: int, dtype: Any) -> Iterator[jax.Array]:
+        """Terms of low precision whose sum is x, each what rounding left of the one before."""
+        for _ in range(count):
+            # The barrier has pairs converted together: the compiler's conversions of one number each are slower.
+            rounded = lax.optimization_barrier(x.astype(dtype))
+            yield rounded
+            x -= rounded.astype(jnp.float32)
+
     # Decay factors
 
     def power(self, ages: jax.Array) -> jax.Array:
@@ -193,7 +202,7 @@ class Cta(ABC):
 
     def leaving(self, tokens: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Weight [C] of each token in the state leaving such a chunk, and that of the entering state (a scalar)."""
-        return self.weights(-self.sign, tokens, self.WEIGHING), self.power(jnp.int32(tokens))
+        return self.weights(-self.sign, tokens, self.WEIGHTS_LAYOUT), self.power(jnp.int32(tokens))
 
     def weights(self, sign: jax.Array, tokens: jax.Array | int, layout: Any) -> jax.Array:
         """lambda to each token's distance from before the chunk (sign 1) or from its end (-1)."""
@@ -207,7 +216,7 @@ class Cta(ABC):
     def leaving_packed(self, step: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same as `leaving` for the packed chunk of a step, in a slot."""
         weights = self.weights_packed(
-            step, slot, -self.sign, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING, self.WEIGHING
+            step, slot, -self.sign, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING, self.WEIGHTS_LAYOUT
         )
         enter = self.by_direction(slot, Fact.ENTER_ASCENDING, Fact.ENTER_DESCENDING)
         leave = self.by_direction(slot, Fact.LEAVE_ASCENDING, Fact.LEAVE_DESCENDING)

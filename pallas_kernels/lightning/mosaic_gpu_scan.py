@@ -112,7 +112,7 @@ def _scratch(plan: Plan, dtype: Any, *, packed: bool) -> dict[str, Any]:
 class _Scan(Cta):
     """The body of one CTA: a method for each role."""
 
-    WEIGHING = COLUMNS
+    WEIGHTS_LAYOUT = COLUMNS
 
     def __init__(self, plan: Plan, *arguments: Any, **keywords: Any) -> None:
         super().__init__(plan, *arguments, **keywords)
@@ -213,14 +213,10 @@ class _Scan(Cta):
     def add_chunk(self, kept: jax.Array, slot: jax.Array, part: int, weights: jax.Array) -> jax.Array:
         """Adds the chunk in a slot to what is kept of a part of the state."""
         c = self.smem["c"].at[slot, :, pl.ds(64 * part, 64)]
-        rest = plgpu.load(c.T, layout=TILE, optimized=False).astype(jnp.float32)
-        rest *= lax.broadcast_in_dim(weights, rest.shape, [1])
-        lefts = []
-        for term in range(self.tuning.terms):
-            # The barrier keeps pairs together: number by number, the conversion takes a quarter of a microsecond.
-            rounded = lax.optimization_barrier(rest.astype(c.dtype))
-            lefts.append(self.left(rounded, "decayed", term))
-            rest -= rounded.astype(jnp.float32)
+        decayed = plgpu.load(c.T, layout=TILE, optimized=False).astype(jnp.float32)
+        decayed *= lax.broadcast_in_dim(weights, decayed.shape, [1])
+        terms = self.terms(decayed, self.tuning.terms, c.dtype)
+        lefts = [self.left(term, "decayed", i) for i, term in enumerate(terms)]
 
         def update(acc: Any) -> None:
             for left in lefts:

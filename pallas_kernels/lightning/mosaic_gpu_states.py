@@ -235,21 +235,18 @@ class _Gather(Cta):
             plgpu.barrier_wait(smem["full"].at[slot])
             weights, kept = self.factors(step, slot, whole)
             weights *= crossed
-            rests = []
+            wides = []
             for left, _ in pairs:
                 wide = plgpu.load(left.at[slot, :, columns], layout=TILE, optimized=False).astype(jnp.float32)
-                rests.append(wide * lax.broadcast_in_dim(weights, wide.shape, [0]))
+                wides.append(wide * lax.broadcast_in_dim(weights, wide.shape, [0]))
             plgpu.wgmma_wait(products)
             pl.when(step >= BUFFERS)(lambda: free(step - BUFFERS))
             # A barrier, too: no warp is still multiplying what is written now.
             plgpu.commit_smem()
             weighted = smem["weighted"].at[half, lax.rem(step, BUFFERS)]
-            for i, rest in enumerate(rests):
-                for term in range(plan.terms):
-                    # Kept in pairs, as in the scan.
-                    rounded = lax.optimization_barrier(rest.astype(weighted.dtype))
+            for i, wide in enumerate(wides):
+                for term, rounded in enumerate(self.terms(wide, plan.terms, weighted.dtype)):
                     weighted.at[i, term][...] = rounded
-                    rest -= rounded.astype(jnp.float32)
             plgpu.commit_smem()
             for i, (_, right) in enumerate(pairs):
                 for term in range(plan.terms):

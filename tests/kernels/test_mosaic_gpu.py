@@ -32,6 +32,7 @@ Choose = Callable[..., None]
 
 
 def compiled() -> bool:
+    """Whether the kernels themselves run, on a GPU."""
     return jax.default_backend() == "gpu"
 
 
